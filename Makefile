@@ -1,0 +1,43 @@
+# One target per habit. `make reproduce` and `make test` need Python 3.10 or newer and nothing else.
+SHELL := /bin/bash
+PYTHON ?= python3
+PRESET ?= smoke
+DATA ?=
+OUT ?= runs/$(PRESET)
+BIN := .venv/bin
+export MPLBACKEND := Agg
+
+.PHONY: help setup reproduce test test-slow sync readme lab clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/done  ## the pinned environment in .venv
+
+.venv/done: constraints.txt settings.ini setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[all]'
+	touch $@
+
+reproduce: setup  ## the whole method: PRESET=smoke|light|paper DATA=folder (default: synthetic pictures)
+	$(BIN)/python nbs/runs/reproduce.py --preset $(PRESET) --data '$(DATA)' --out $(OUT)
+
+test: setup sync  ## all fast tests: library, chapters, notebooks in sync
+	$(BIN)/nbdev_test --n_workers 2 --do_print
+	$(BIN)/python -m pytest -q -m 'not slow' tests
+
+test-slow: setup  ## the slow tests
+	$(BIN)/python -m pytest -q -m slow tests
+
+sync: setup  ## are notebooks clean, and do the modules stand as the notebooks export them?
+	$(BIN)/python tests/check_sync.py
+
+readme: setup  ## README.md from nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --to markdown --log-level WARN --TagRemovePreprocessor.remove_cell_tags hide --output-dir . --output README nbs/index.ipynb
+
+lab: setup  ## open the chapters and runs in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+clean:  ## remove the environment and what runs left behind
+	rm -rf .venv runs data build *.egg-info

@@ -1,0 +1,66 @@
+"""The whole method in one command: the run notebooks, executed one after the other by papermill.
+
+What a run finished is kept: its executed notebook stands in its folder, and the chain goes on with the next one.
+A notebook that failed is kept too, as FAILED.ipynb, with its error in it.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+here = Path(__file__).parent
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("PYTHONHASHSEED", "0")
+
+
+def execute(notebook, folder, **parameters):
+    "Run one notebook, unless it has run to its end with these parameters before."
+    import papermill
+
+    done, failed = folder / "executed.ipynb", folder / "FAILED.ipynb"
+    if done.exists() and json.loads(done.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"] == parameters:
+        print(f"{folder}: done before", flush=True)
+        return done
+    print(f"{folder}: {notebook}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(here / notebook, failed, parameters, kernel_name="python3", progress_bar=False)
+    return failed.replace(done)
+
+
+def report(executed):
+    "The executed notebook as a page without code."
+    from nbconvert import HTMLExporter
+
+    page, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_filename(executed)
+    path = executed.with_name("report.html")
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="smoke", choices=("smoke", "light", "paper"), help="setting (default: smoke)")
+    parser.add_argument("--data", default="", help="folder of the data set (default: SEGPC_DATA, else synthetic pictures)")
+    parser.add_argument("--out", default="", help="folder for all results (default: runs/PRESET)")
+    parser.add_argument("--jobs", type=int, default=1, help="scales trained at the same time (default: 1)")
+    chosen = parser.parse_args()
+    from segpc_nb.training import PRESETS
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    out = Path(chosen.out or f"runs/{chosen.preset}").resolve()
+    common = {"preset": chosen.preset, "data": str(Path(chosen.data).resolve()) if chosen.data else "", "out": str(out)}
+    execute("1_nucleus.ipynb", out / "nucleus", **common)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // chosen.jobs))
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        list(pool.map(lambda scale: execute("2_cytoplasm.ipynb", out / f"cytoplasm_{scale}", **common, scale=scale), PRESETS[chosen.preset].cytoplasm))
+    if PRESETS[chosen.preset].yardstick:
+        execute("yardstick.ipynb", out / "yardstick", **common)
+    print(f"\nReport: {report(execute('3_evaluate.ipynb', out / 'evaluate', **common))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

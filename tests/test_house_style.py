@@ -1,0 +1,73 @@
+"""The house style, where it can be counted."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parent.parent
+chapters = sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb"))
+runs = sorted((root / "nbs" / "runs").glob("*.ipynb"))
+modules = sorted(path for path in (root / "segpc_nb").glob("*.py") if not path.name.startswith("_"))
+
+
+def cells(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def exported(path):
+    return [source(cell) for cell in cells(path) if cell["cell_type"] == "code" and source(cell).startswith("#| export")]
+
+
+@pytest.mark.parametrize("path", chapters + runs, ids=lambda path: path.stem)
+def test_title_and_quote(path):
+    first = next(source(cell) for cell in cells(path) if cell["cell_type"] == "markdown")
+    assert first.startswith("# ") and "\n> " in first
+
+
+@pytest.mark.parametrize("path", chapters + runs, ids=lambda path: path.stem)
+def test_no_execution_counts_and_no_paths_of_a_machine(path):
+    for cell in cells(path):
+        assert cell.get("execution_count") is None
+    text = path.read_text(encoding="utf-8")
+    for word in ("/root/", "/home/", "/tmp/", "site-packages"):
+        assert word not in text, word
+
+
+@pytest.mark.parametrize("path", chapters, ids=lambda path: path.stem)
+def test_exported_cells_are_short_and_shown(path):
+    code = [source(cell) for cell in cells(path) if cell["cell_type"] == "code"]
+    definitions = [i for i, text in enumerate(code) if text.startswith("#| export") and ("\ndef " in text or "\nclass " in text)]
+    for i in definitions:
+        assert len(code[i].splitlines()) <= 55, code[i][:80]
+    shown = [i for i in definitions if i + 1 < len(code) and not code[i + 1].startswith("#| export")]
+    assert len(shown) >= 0.8 * len(definitions), [code[i][:60] for i in definitions if i not in shown]
+
+
+@pytest.mark.parametrize("path", modules, ids=lambda path: path.stem)
+def test_functions_are_documented_and_no_wildcards(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert all(name.name != "*" for name in node.names)
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), node.name
+            assert not node.name.startswith("test_")
+
+
+@pytest.mark.parametrize("path", runs, ids=lambda path: path.stem)
+def test_runs_have_parameters_first_and_no_outputs(path):
+    code = [cell for cell in cells(path) if cell["cell_type"] == "code"]
+    assert "parameters" in code[0]["metadata"].get("tags", [])
+    assert "skip_exec: true" in source(cells(path)[0])
+    assert all(not cell["outputs"] for cell in code)
+
+
+def test_notebooks_stay_small():
+    assert sum(path.stat().st_size for path in chapters + runs) < 6_000_000
