@@ -6,16 +6,16 @@
 __all__ = ['BACKGROUND', 'CYTOPLASM', 'NUCLEUS', 'Cell', 'cell_from_parts', 'cell_from_mask', 'mask_from_cell', 'window',
            'same_cell', 'resize_cell', 'intersections', 'iou_table', 'encode_rle', 'decode_rle']
 
-# %% ../nbs/01_cells.ipynb #9921e5e1
+# %% ../nbs/01_cells.ipynb #4fa46fea
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-# %% ../nbs/01_cells.ipynb #1af317d2
+# %% ../nbs/01_cells.ipynb #604b1b94
 BACKGROUND, CYTOPLASM, NUCLEUS = 0, 20, 40
 
-# %% ../nbs/01_cells.ipynb #4c1445db
+# %% ../nbs/01_cells.ipynb #04b13f66
 @dataclass(frozen=True, eq=False)
 class Cell:
     "A nucleus and its cytoplasm inside a box of a picture."
@@ -30,6 +30,8 @@ class Cell:
     def __post_init__(self):
         top, left, bottom, right = self.bbox
         shape = (bottom - top, right - left)
+        if top < 0 or left < 0 or min(shape) < 1:
+            raise ValueError(f"cell {self.id}: bbox {self.bbox} is empty or starts outside the picture; `cell_from_parts` cuts cells at the border")
         for name in ("nucleus", "cytoplasm"):
             mask = getattr(self, name)
             if mask.dtype != bool or mask.shape != shape:
@@ -58,7 +60,7 @@ class Cell:
         nucleus = np.count_nonzero(self.nucleus)
         return np.count_nonzero(self.cytoplasm) / nucleus if nucleus else float("inf")
 
-# %% ../nbs/01_cells.ipynb #e90b5295
+# %% ../nbs/01_cells.ipynb #5565e422
 def cell_from_parts(
     id: int,  # number within its picture
     box: tuple[int, int, int, int],  # top, left, bottom, right of both parts; px, may stick out of the picture
@@ -69,8 +71,10 @@ def cell_from_parts(
     score: float = 1.0,  # confidence, 0..1
 ) -> Cell:  # with a tight box
     "Put two parts in order: nucleus over cytoplasm, cut at the picture's border, tight box."
+    top, left, bottom, right = box
+    if nucleus.shape != (bottom - top, right - left) or cytoplasm.shape != nucleus.shape:
+        raise ValueError(f"cell {id}: nucleus {nucleus.shape} and cytoplasm {cytoplasm.shape} must both fill the box {tuple(box)}")
     whole = nucleus | cytoplasm
-    top, left, _, _ = box
     if shape is not None:
         whole = whole.copy()
         whole[: max(0, -top)] = whole[:, : max(0, -left)] = False
@@ -82,12 +86,14 @@ def cell_from_parts(
     bbox = (top + rows[0], left + columns[0], top + rows[-1] + 1, left + columns[-1] + 1)
     return Cell(id, tuple(map(int, bbox)), nucleus[tight].copy(), (cytoplasm & ~nucleus)[tight], scale, score)
 
-# %% ../nbs/01_cells.ipynb #03ec293f
+# %% ../nbs/01_cells.ipynb #dbe9167a
 def cell_from_mask(
     mask: np.ndarray,  # (H, W) uint8, 0 background, 20 cytoplasm, 40 nucleus
     id: int,  # number within its picture
 ) -> Cell:
     "Read one official mask."
+    if mask.ndim != 2 or mask.dtype != np.uint8:
+        raise ValueError(f"mask {id} is {mask.dtype} {mask.shape}, expected one channel of uint8; `read_mask` reads files with three channels")
     box = cv2.boundingRect(mask)  # left, top, width, height of the pixels above 0
     left, top, width, height = box
     if not width:
@@ -107,10 +113,12 @@ def mask_from_cell(
     "Draw one cell as an official mask."
     mask = np.zeros(shape, np.uint8)
     top, left, bottom, right = cell.bbox
+    if bottom > shape[0] or right > shape[1]:
+        raise ValueError(f"cell {cell.id}: bbox {cell.bbox} does not fit into a picture of {tuple(shape)}; `resize_cell` brings it to another size")
     mask[top:bottom, left:right] = cell.nucleus * np.uint8(NUCLEUS) + cell.cytoplasm * np.uint8(CYTOPLASM)
     return mask
 
-# %% ../nbs/01_cells.ipynb #816f36ab
+# %% ../nbs/01_cells.ipynb #eb9d172d
 def window(
     cell: Cell,
     box: tuple[int, int, int, int],  # top, left, bottom, right; px, may stick out anywhere
@@ -133,7 +141,7 @@ def same_cell(
     "Do two cells cover the same pixels with the same parts? Slack of their boxes does not matter."
     return a.area == b.area and all(np.array_equal(mine, theirs) for mine, theirs in zip((a.nucleus, a.cytoplasm), window(b, a.bbox)))
 
-# %% ../nbs/01_cells.ipynb #3f7d8cbd
+# %% ../nbs/01_cells.ipynb #6040e7f5
 def resize_cell(
     cell: Cell,
     shape: tuple[int, int],  # (H, W) of the picture
@@ -158,7 +166,7 @@ def resize_cell(
     box = (firsts[0], firsts[1], firsts[0] + len(lines[0]), firsts[1] + len(lines[1]))
     return cell_from_parts(cell.id, box, nucleus, cytoplasm, scale=cell.scale, score=cell.score)
 
-# %% ../nbs/01_cells.ipynb #7009795c
+# %% ../nbs/01_cells.ipynb #ddffaf7d
 def _part(cell: Cell, part: str) -> np.ndarray:
     if part not in ("mask", "nucleus", "cytoplasm"):
         raise ValueError(f"part = {part!r}, allowed: 'mask', 'nucleus', 'cytoplasm'")
@@ -195,7 +203,7 @@ def iou_table(
     joint = areas_a[:, None] + areas_b[None] - shared
     return shared / np.maximum(joint, 1)
 
-# %% ../nbs/01_cells.ipynb #29671962
+# %% ../nbs/01_cells.ipynb #f03543b9
 def encode_rle(
     mask: np.ndarray,  # (h, w) bool
 ) -> list[int]:  # run lengths, background first, column by column (COCO's uncompressed form)
