@@ -6,16 +6,16 @@
 __all__ = ['BACKGROUND', 'CYTOPLASM', 'NUCLEUS', 'Cell', 'cell_from_parts', 'cell_from_mask', 'mask_from_cell', 'window',
            'same_cell', 'resize_cell', 'intersections', 'iou_table', 'encode_rle', 'decode_rle']
 
-# %% ../nbs/01_cells.ipynb #4fa46fea
+# %% ../nbs/01_cells.ipynb #6f4e1cc6
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-# %% ../nbs/01_cells.ipynb #604b1b94
+# %% ../nbs/01_cells.ipynb #cdc05045
 BACKGROUND, CYTOPLASM, NUCLEUS = 0, 20, 40
 
-# %% ../nbs/01_cells.ipynb #04b13f66
+# %% ../nbs/01_cells.ipynb #f62f30c2
 @dataclass(frozen=True, eq=False)
 class Cell:
     "A nucleus and its cytoplasm inside a box of a picture."
@@ -60,7 +60,7 @@ class Cell:
         nucleus = np.count_nonzero(self.nucleus)
         return np.count_nonzero(self.cytoplasm) / nucleus if nucleus else float("inf")
 
-# %% ../nbs/01_cells.ipynb #5565e422
+# %% ../nbs/01_cells.ipynb #2fd94ab3
 def cell_from_parts(
     id: int,  # number within its picture
     box: tuple[int, int, int, int],  # top, left, bottom, right of both parts; px, may stick out of the picture
@@ -86,7 +86,7 @@ def cell_from_parts(
     bbox = (top + rows[0], left + columns[0], top + rows[-1] + 1, left + columns[-1] + 1)
     return Cell(id, tuple(map(int, bbox)), nucleus[tight].copy(), (cytoplasm & ~nucleus)[tight], scale, score)
 
-# %% ../nbs/01_cells.ipynb #dbe9167a
+# %% ../nbs/01_cells.ipynb #f4b9f5ff
 def cell_from_mask(
     mask: np.ndarray,  # (H, W) uint8, 0 background, 20 cytoplasm, 40 nucleus
     id: int,  # number within its picture
@@ -118,7 +118,7 @@ def mask_from_cell(
     mask[top:bottom, left:right] = cell.nucleus * np.uint8(NUCLEUS) + cell.cytoplasm * np.uint8(CYTOPLASM)
     return mask
 
-# %% ../nbs/01_cells.ipynb #eb9d172d
+# %% ../nbs/01_cells.ipynb #f75be370
 def window(
     cell: Cell,
     box: tuple[int, int, int, int],  # top, left, bottom, right; px, may stick out anywhere
@@ -141,7 +141,7 @@ def same_cell(
     "Do two cells cover the same pixels with the same parts? Slack of their boxes does not matter."
     return a.area == b.area and all(np.array_equal(mine, theirs) for mine, theirs in zip((a.nucleus, a.cytoplasm), window(b, a.bbox)))
 
-# %% ../nbs/01_cells.ipynb #6040e7f5
+# %% ../nbs/01_cells.ipynb #ea1a22ba
 def resize_cell(
     cell: Cell,
     shape: tuple[int, int],  # (H, W) of the picture
@@ -159,14 +159,14 @@ def resize_cell(
         inside = (source >= start) & (source < stop)
         lines.append(source[inside] - start)
         firsts.append(first + int(np.argmax(inside)))
-    grid = np.ix_(*lines)
-    nucleus, cytoplasm = cell.nucleus[grid], cell.cytoplasm[grid]
+    rows, columns = lines
+    nucleus, cytoplasm = cell.nucleus[rows][:, columns], cell.cytoplasm[rows][:, columns]
     if not (nucleus.any() or cytoplasm.any()):
         return None
-    box = (firsts[0], firsts[1], firsts[0] + len(lines[0]), firsts[1] + len(lines[1]))
+    box = (firsts[0], firsts[1], firsts[0] + len(rows), firsts[1] + len(columns))
     return cell_from_parts(cell.id, box, nucleus, cytoplasm, scale=cell.scale, score=cell.score)
 
-# %% ../nbs/01_cells.ipynb #ddffaf7d
+# %% ../nbs/01_cells.ipynb #4734a059
 def _part(cell: Cell, part: str) -> np.ndarray:
     if part not in ("mask", "nucleus", "cytoplasm"):
         raise ValueError(f"part = {part!r}, allowed: 'mask', 'nucleus', 'cytoplasm'")
@@ -203,7 +203,7 @@ def iou_table(
     joint = areas_a[:, None] + areas_b[None] - shared
     return shared / np.maximum(joint, 1)
 
-# %% ../nbs/01_cells.ipynb #f03543b9
+# %% ../nbs/01_cells.ipynb #bf6d89fa
 def encode_rle(
     mask: np.ndarray,  # (h, w) bool
 ) -> list[int]:  # run lengths, background first, column by column (COCO's uncompressed form)
