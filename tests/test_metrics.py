@@ -16,7 +16,14 @@ from faster_coco_eval import COCO, COCOeval_faster
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from segpc_nb.cells import Cell, cell_from_parts, encode_rle, iou_table, mask_from_cell, resize_cell
+from segpc_nb.cells import (
+    Cell,
+    cell_from_parts,
+    encode_rle,
+    iou_table,
+    mask_from_cell,
+    resize_cell,
+)
 from segpc_nb.dataset import list_samples
 from segpc_nb.metrics import (
     OFFICIAL_SHAPE,
