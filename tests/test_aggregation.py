@@ -1,0 +1,150 @@
+"""Aggregation: one nucleus per cell, one cell per nucleus, and fitted ratios as good as an exhaustive search."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from segpc_nb.aggregation import (
+    accepts,
+    fill_holes,
+    fit_upper_ratios,
+    fuse,
+    keep_all,
+    make_candidate,
+    non_maximum_suppression,
+    oracle,
+    select_by_ratio,
+    single_scale,
+    tidy_cell,
+)
+from segpc_nb.cells import cell_from_parts, iou_table, window
+from segpc_nb.regions import nucleus_box, region_box
+
+SHAPE = (48, 64)
+SCALES = (0.5, 1.75, 2.6, 3.0)
+
+
+def nucleus_at(id, row, column, radius):
+    rows, columns = np.mgrid[: SHAPE[0], : SHAPE[1]]
+    disc = np.hypot(rows - row, columns - column) <= radius
+    return cell_from_parts(id, (0, 0, *SHAPE), disc, np.zeros_like(disc))
+
+
+def noisy_candidates(rng, n, scales=SCALES):
+    "Some nuclei anywhere, with blobs of noise as answers."
+    picture = []
+    for id in range(1, n + 1):
+        nucleus = nucleus_at(id, rng.integers(0, SHAPE[0]), rng.integers(0, SHAPE[1]), rng.integers(1, 7))
+        answers = []
+        for scale in scales:
+            top, left, bottom, right = region_box(nucleus_box(nucleus), scale)
+            box = max(top, 0), max(left, 0), min(bottom, SHAPE[0]), min(right, SHAPE[1])
+            noise = ndimage.gaussian_filter(rng.random((box[2] - box[0], box[3] - box[1])), 1.5)
+            answers.append(make_candidate(nucleus, scale, box, np.clip((noise - 0.5) * 6 + 0.5, 0, 1).astype(np.float32)))
+        picture.append(answers)
+    return picture
+
+
+seeds = st.integers(0, 10_000).map(np.random.default_rng)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(1, 5))
+def test_every_cell_holds_its_nucleus_and_disjoint_cytoplasm(rng, n):
+    for scales in (picture := noisy_candidates(rng, n)):
+        for candidate in scales:
+            cell = candidate.cell
+            assert np.array_equal(window(candidate.nucleus, cell.bbox)[0], cell.nucleus)
+            assert cell.nucleus.sum() == candidate.nucleus.area and not (cell.nucleus & cell.cytoplasm).any()
+            assert cell.id == candidate.nucleus.id and cell.scale == candidate.scale and 0 <= cell.score <= 1
+            assert ndimage.label(cell.mask)[1] == 1  # one piece
+    for cell in fuse(picture):
+        assert cell.nucleus.sum() == picture[cell.id - 1][0].nucleus.area and not (cell.nucleus & cell.cytoplasm).any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(0, 6), st.lists(st.floats(-1, 5), min_size=3, max_size=3))
+def test_never_more_than_one_cell_per_nucleus_but_for_keep_all(rng, n, upper):
+    picture = noisy_candidates(rng, n)
+    everyone = list(range(1, n + 1))
+    for cells in (select_by_ratio(picture, tuple(upper)), fuse(picture), single_scale(picture, 2), oracle(picture, [])):
+        assert [cell.id for cell in cells] == everyone
+    suppressed = [cell.id for cell in non_maximum_suppression(picture)]
+    assert suppressed == sorted(set(suppressed)) and set(suppressed) <= set(everyone)
+    kept = [(cell.id, cell.scale) for cell in keep_all(picture)]
+    assert len(kept) == len(set(kept)) <= 4 * n
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.lists(st.floats(-1, 5), min_size=3, max_size=3))
+def test_lazy_evaluation_of_scales_selects_the_same_cells(rng, upper):
+    picture, asked = noisy_candidates(rng, 4), 0
+    for scales, eager in zip(picture, select_by_ratio(picture, tuple(upper))):
+        for position, candidate in enumerate(scales):
+            asked += 1
+            if accepts(candidate.cell, position, tuple(upper)):
+                break
+        assert candidate.cell is eager
+    assert asked <= 16
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds)
+def test_holes_are_filled_as_scipy_fills_them(rng):
+    mask = ndimage.gaussian_filter(rng.random((30, 40)), 1) > 0.5
+    # 8-connected outlines enclose what 4-connected background paths can't leave
+    assert np.array_equal(fill_holes(mask), ndimage.binary_fill_holes(mask))
+
+
+def test_the_piece_around_the_nucleus_wins_over_a_larger_one():
+    nucleus = np.zeros((20, 40), bool)
+    nucleus[8:12, 4:8] = True
+    mask = np.zeros_like(nucleus)
+    mask[6:14, 2:10] = mask[1:19, 15:39] = True
+    kept = tidy_cell(mask, nucleus)
+    assert kept[:, :12].sum() == 64 and not kept[:, 12:].any()
+
+
+def test_fitted_ratios_equal_an_exhaustive_search_through_the_rule_itself():
+    rng = np.random.default_rng(3)
+    pictures = [noisy_candidates(rng, 4, SCALES[:3]) for _ in range(3)] + [[]]
+    truths = [[scales[rng.integers(0, 3)].cell for scales in picture[:3]] for picture in pictures[:3]] + [[nucleus_at(1, 20, 20, 5)]]
+    upper, score = fit_upper_ratios(pictures, truths, steps=5)
+    n_cells = sum(map(len, truths))
+
+    def official(upper):
+        chosen = [select_by_ratio(picture, upper) if picture else [] for picture in pictures]
+        return sum(iou_table(truth, cells).max(1, initial=0).sum() for truth, cells in zip(truths, chosen)) / n_cells
+
+    assert official(upper) == pytest.approx(score)
+    columns = np.array([[c.cell.ratio for c in scales] for picture in pictures for scales in picture]).T
+    grid = [[-1.0, *np.quantile(column, np.linspace(0, 1, 5))] for column in columns[:2]]
+    assert score == pytest.approx(max(official(values) for values in product(*grid)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds)
+def test_no_rule_beats_the_oracle(rng):
+    picture = noisy_candidates(rng, 3)
+    truth = [scales[rng.integers(0, 4)].cell for scales in picture]
+
+    def own(cells):
+        "How well each nucleus' cell agrees with any annotated one."
+        return iou_table(cells, truth).max(1)
+
+    bound = own(oracle(picture, truth))
+    for position in range(4):
+        assert (own(single_scale(picture, position)) <= bound + 1e-12).all()
+    assert (own(select_by_ratio(picture, (0.5, 1.0, 2.0))) <= bound + 1e-12).all()
+
+
+def test_wrong_numbers_of_ratios_and_nothing_to_fit_on():
+    picture = noisy_candidates(np.random.default_rng(0), 2)
+    with pytest.raises(ValueError, match="upper_ratios has 1 values for 4 scales"):
+        select_by_ratio(picture, (1.0,))
+    with pytest.raises(ValueError, match="none of the 2 pictures"):
+        fit_upper_ratios([[], picture], [[nucleus_at(1, 9, 9, 3)], []])

@@ -1,0 +1,210 @@
+"""The pipeline with arithmetic instead of networks: places, sizes, batches, rules, bundles."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from segpc_nb.aggregation import single_scale
+from segpc_nb.cells import cell_from_parts, iou_table
+from segpc_nb.models import build_network
+from segpc_nb.pipeline import SELECTIONS, BundleConfig, Segmenter, aggregate, ask, find_nuclei, load_bundle, split_touching
+
+SCALES = (0.5, 1.75, 2.6, 3.0)
+CONFIG = BundleConfig((96, 128), SCALES, (48, 48, 64, 64), (0.8, 2.5, 4.0))
+
+
+def dark_is_nucleus(images):
+    return 40 * (0.35 - images[:, 1:2])
+
+
+def coloured_is_cell(crops):
+    return 40 * (0.7 - crops[:, 1:2])
+
+
+SEGMENTER = Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), CONFIG, batch_size=3)
+
+
+def drawn(rng, shape=(192, 256), cells=4):
+    "A picture with discs in discs, apart from each other, and what was drawn."
+    image, truth = np.full((*shape, 3), (232, 215, 225), np.uint8), []
+    rows, columns = np.mgrid[: shape[0], : shape[1]] / (shape[0] / 96)
+    free = np.ones(shape, bool)
+    for _ in range(100):
+        row, column, radius = rng.uniform(0, 96), rng.uniform(0, 128), rng.uniform(4, 8)
+        distance = np.hypot(rows - row, columns - column)
+        nucleus, cell = distance < radius, distance < radius * rng.uniform(1.2, 2)
+        if len(truth) < cells and nucleus.sum() > 0.4 * radius**2 * (shape[0] / 96) ** 2 and free[distance < 2.2 * radius].all():
+            image[cell], image[nucleus] = (150, 140, 200), (90, 40, 130)
+            free[distance < 3 * radius] = False
+            truth.append(cell_from_parts(len(truth) + 1, (0, 0, *shape), nucleus, cell))
+    return image, truth
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([(96, 128), (144, 192), (288, 384)]))
+def test_drawn_cells_are_found_at_every_size_of_picture(seed, shape):
+    image, truth = drawn(np.random.default_rng(seed), shape)
+    nuclei = SEGMENTER.nuclei(image)
+    assert len(nuclei) == len(truth)
+    cells = SEGMENTER.segment(image)
+    assert sorted(cell.id for cell in cells) == list(range(1, len(truth) + 1))
+    assert iou_table(truth, cells, "nucleus").max(1).min() > 0.75
+    assert iou_table(truth, SEGMENTER.segment(image, "keep-all")).max(1).min() > 0.75
+    for cell in cells:
+        assert not (cell.nucleus & cell.cytoplasm).any() and cell.nucleus.any()
+        assert 0 <= cell.bbox[0] and 0 <= cell.bbox[1] and cell.bbox[2] <= shape[0] and cell.bbox[3] <= shape[1]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1000), st.tuples(*[st.floats(-1, 4)] * 3), st.floats(0, 1))
+def test_lazy_evaluation_gives_the_same_cells(seed, upper, min_score):
+    image, _ = drawn(np.random.default_rng(seed))
+    config = BundleConfig((96, 128), SCALES, (48, 48, 64, 64), upper, min_score=min_score)
+    segmenter = Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), config)
+    lazy, eager = segmenter.segment(image), aggregate(segmenter.candidates(image), "paper", config)
+    assert [(c.id, c.scale, c.bbox, c.score) for c in lazy] == [(c.id, c.scale, c.bbox, c.score) for c in eager]
+    assert all(np.array_equal(a.nucleus, b.nucleus) and np.array_equal(a.cytoplasm, b.cytoplasm) for a, b in zip(lazy, eager))
+
+
+def test_later_scales_are_asked_only_about_refused_nuclei():
+    asked = dict.fromkeys(SCALES, 0)
+
+    def counting(scale):
+        def network(crops):
+            asked[scale] += len(crops)
+            return coloured_is_cell(crops)
+
+        return network
+
+    image, truth = drawn(np.random.default_rng(0))
+    config = BundleConfig((96, 128), SCALES, (48,) * 4, (9.0, 9.0, 9.0))
+    Segmenter(dark_is_nucleus, {scale: counting(scale) for scale in SCALES}, config).segment(image)
+    assert list(asked.values()) == [len(truth), 0, 0, 0]
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_a_picture_without_nuclei_has_no_cells(select):
+    assert SEGMENTER.segment(np.full((50, 60, 3), 230, np.uint8), select) == []
+    assert SEGMENTER.candidates(np.full((50, 60, 3), 230, np.uint8)) == []
+
+
+def test_given_nuclei_are_used_and_their_cytoplasm_is_not():
+    image, truth = drawn(np.random.default_rng(1))
+    cells = SEGMENTER.segment(image, nuclei=truth)
+    assert [cell.id for cell in cells] == [cell.id for cell in truth]
+    assert np.diag(iou_table(truth, cells, "nucleus")).min() == 1
+    blind = Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, lambda crops: 0 * crops[:, :1] - 9), CONFIG)
+    assert all(not cell.cytoplasm.any() and cell.score < 0.01 for cell in blind.segment(image, nuclei=truth))
+
+
+def test_batches_do_not_matter_and_scales_stay_in_order():
+    image, truth = drawn(np.random.default_rng(2))
+    one, many = (Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), CONFIG, size).candidates(image) for size in (1, 64))
+    assert [[c.scale for c in scales] for scales in one] == [list(SCALES)] * len(truth)
+    for a, b in zip(sum(one, []), sum(many, [])):
+        assert np.array_equal(a.probability, b.probability) and a.box == b.box
+    assert [cell.scale for cell in single_scale(one, 2)] == [2.6] * len(truth)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 1000), st.booleans())
+def test_nuclei_on_the_grid_itself_are_the_components(seed, split):
+    probability = ndimage.gaussian_filter(np.random.default_rng(seed).random((50, 60)), 2)
+    probability = ((probability - probability.mean()) / probability.std() / 6 + 0.5).clip(0, 1).astype(np.float32)
+    nuclei = find_nuclei(probability, 0.5, 0.004, split=split)
+    square = np.ones((3, 3))
+    mask = ndimage.binary_dilation(ndimage.binary_erosion(probability > 0.5, square, border_value=1), square)
+    mask = ndimage.binary_fill_holes(mask)
+    labels = split_touching(mask) if split else ndimage.label(mask, square)[0]
+    drawn_ = np.zeros_like(labels)
+    for cell in nuclei:
+        top, left, bottom, right = cell.bbox
+        assert not drawn_[top:bottom, left:right][cell.nucleus].any()  # nuclei never overlap
+        drawn_[top:bottom, left:right][cell.nucleus] = cell.id
+        assert 0 < cell.score <= 1 and not cell.cytoplasm.any()
+    large = np.isin(labels, np.flatnonzero(np.bincount(labels.ravel()) >= 0.004 * 3000)[1:])
+    assert np.array_equal(drawn_ > 0, large)
+
+
+@pytest.mark.parametrize("shape", [(100, 150), (33, 47), (20, 30), (75, 75)])
+def test_nuclei_keep_their_place_when_the_picture_has_another_size(shape):
+    rows, columns = np.mgrid[:40, :60]
+    probability = (1 / (1 + np.exp(np.hypot(rows - 12, columns - 41) - 8))).astype(np.float32)
+    (nucleus,) = find_nuclei(probability, shape=shape)
+    y, x = np.argwhere(nucleus.nucleus).mean(0) + nucleus.bbox[:2] + 0.5
+    assert y / shape[0] == pytest.approx(12.5 / 40, abs=0.01) and x / shape[1] == pytest.approx(41.5 / 60, abs=0.01)
+    assert nucleus.area / (shape[0] * shape[1]) == pytest.approx(np.pi * 64 / 2400, rel=0.06)
+
+
+def test_split_nuclei_do_not_overlap_after_stretching():
+    rows, columns = np.mgrid[:40, :60]
+    probability = np.max([1 / (1 + np.exp(np.hypot(rows - 20, columns - c) - 9)) for c in (21, 38)], 0).astype(np.float32)
+    assert len(find_nuclei(probability)) == 1
+    a, b = find_nuclei(probability, shape=(160, 240), split=True)
+    assert iou_table([a], [b])[0, 0] == 0
+    together = find_nuclei(probability, shape=(160, 240))[0].area
+    assert a.area + b.area == pytest.approx(together, rel=0.01)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 3)), np.zeros((9, 9, 4), np.uint8), np.zeros((0, 9, 3), np.uint8), "a.png", None])
+def test_what_is_no_picture_is_refused(wrong):
+    with pytest.raises(ValueError, match="image: .*; expected a uint8 array"):
+        SEGMENTER.segment(wrong)
+
+
+def test_broken_networks_are_noticed():
+    image, truth = drawn(np.random.default_rng(1))
+    with pytest.raises(ValueError, match="NaN"):
+        Segmenter(lambda images: images[:, :1] * np.nan, {}, BundleConfig((96, 128))).nuclei(image)
+    with pytest.raises(ValueError, match="answer of shape"):
+        Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, lambda crops: crops), CONFIG).segment(image, nuclei=truth)
+    with pytest.raises(ValueError, match="one network per scale"):
+        Segmenter(dark_is_nucleus, {0.5: coloured_is_cell}, CONFIG)
+    with pytest.raises(ValueError, match="allowed: paper, keep-all, fuse, nms"):
+        SEGMENTER.segment(image, "all")
+    with pytest.raises(ValueError, match="one per scale except the last"):
+        Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), BundleConfig((96, 128), SCALES, (48,) * 4)).segment(image)
+
+
+def test_dropout_and_batch_statistics_are_off():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.BatchNorm2d(1), torch.nn.Dropout(0.9)).train()
+    Segmenter(network, {}, BundleConfig((8, 8)))
+    assert not network.training
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8)).astype(np.uint8)
+    assert np.array_equal(ask(network, images, 1)[2], ask(network, images[2:3])[0])
+
+
+def test_a_bundle_read_again_gives_the_same_cells(tmp_path):
+    torch.manual_seed(0)
+    networks = {scale: build_network("unet", in_channels=4, widths=(4, 8)) for scale in SCALES}
+    first = Segmenter(build_network("unet", widths=(4, 8)), networks, CONFIG)
+    first.save_bundle(tmp_path / "bundle")
+    again = Segmenter.from_bundle(tmp_path / "bundle")
+    assert again.config == CONFIG
+    image, truth = drawn(np.random.default_rng(4))
+    for a, b in zip(sum(first.candidates(image, truth), []), sum(again.candidates(image, truth), [])):
+        assert np.array_equal(a.probability, b.probability)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"format_version": 2}, "update segpc_nb"), ({"colour": 1}, "colour"), ({"min_score": "high"}, "min_score"), (None, "bundle.json is not valid")],
+)
+def test_broken_bundles_are_refused(tmp_path, change, message):
+    text = json.dumps({"nucleus_size": [96, 128]} | change) if change else "{"
+    (tmp_path / "bundle.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_bundle(tmp_path)
+
+
+def test_unfinished_bundles_are_none(tmp_path):
+    with pytest.raises(ValueError, match="holds no bundle"):
+        load_bundle(tmp_path)
+    (tmp_path / "bundle.json").write_text('{"nucleus_size": [96, 128]}', encoding="utf-8")
+    with pytest.raises(ValueError, match="nucleus holds no network"):
+        load_bundle(tmp_path)
