@@ -9,7 +9,7 @@ __all__ = ['LOSSES', 'SCHEDULES', 'STAIN', 'WARM_UP', 'PLATEAU_EPOCHS', 'PLATEAU
            'resume', 'epochs_since_best', 'write_state', 'moving_average', 'restore', 'fit', 'write_manifest', 'Preset',
            'small_preset', 'paper_preset']
 
-# %% ../nbs/11_training.ipynb #b63f5b98
+# %% ../nbs/11_training.ipynb #7a451729
 import hashlib
 import json
 import math
@@ -36,7 +36,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-# %% ../nbs/11_training.ipynb #e1c12e53
+# %% ../nbs/11_training.ipynb #301647e5
 LOSSES = ("cross-entropy", "cross-entropy+dice")
 SCHEDULES = ("constant", "cosine", "plateau")
 
@@ -82,7 +82,7 @@ class TrainConfig:
             raise ValueError("; ".join(wrong))
         return self
 
-# %% ../nbs/11_training.ipynb #489fe7dd
+# %% ../nbs/11_training.ipynb #b3be7db9
 def dice_loss(
     logits: torch.Tensor,  # (N, C, H, W) float logits
     target: torch.Tensor,  # (N, C, H, W) float, 0 or 1
@@ -110,7 +110,7 @@ def segmentation_loss(
 
     return loss
 
-# %% ../nbs/11_training.ipynb #e9888622
+# %% ../nbs/11_training.ipynb #0d842b93
 STAIN = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.04)
 
 
@@ -135,7 +135,7 @@ def region_augmentation(
     affine = v2.RandomAffine(degrees=180, scale=(1 / zoom, zoom), shear=8, interpolation=v2.InterpolationMode.BILINEAR)
     return v2.Compose([v2.RandomHorizontalFlip(), affine, STAIN])
 
-# %% ../nbs/11_training.ipynb #b36bd203
+# %% ../nbs/11_training.ipynb #2cc183a2
 def seed_everything(
     seed: int,  # any integer
 ) -> None:
@@ -144,7 +144,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/11_training.ipynb #f32fa745
+# %% ../nbs/11_training.ipynb #9d8170ae
 def save_checkpoint(
     path: Path,  # where it shall stand
     state: dict,  # tensors, numbers, strings and containers of them
@@ -167,7 +167,7 @@ def load_checkpoint(
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of a training run ({str(error).splitlines()[0]}); delete it to train from the start") from error
 
-# %% ../nbs/11_training.ipynb #fd5d7a6b
+# %% ../nbs/11_training.ipynb #0e237fcf
 @torch.inference_mode()
 def validate(
     network: torch.nn.Module,  # gives logits
@@ -191,7 +191,7 @@ def validate(
         joint += ((predicted > 0) | (true > 0)).sum().item()
     return {"valid_loss": total / max(samples, 1), "valid_iou": shared / max(joint, 1)}
 
-# %% ../nbs/11_training.ipynb #d922885d
+# %% ../nbs/11_training.ipynb #ee335e10
 WARM_UP = 0.05  # share of the run in which the step size rises
 PLATEAU_EPOCHS, PLATEAU_FACTOR = 7, 0.1  # the parent network's ReduceLROnPlateau
 
@@ -213,7 +213,7 @@ def learning_rate(
             rate, waited = rate * PLATEAU_FACTOR, 0
     return rate
 
-# %% ../nbs/11_training.ipynb #15bb3d31
+# %% ../nbs/11_training.ipynb #d5e0f7b4
 def train_epoch(
     network: torch.nn.Module,  # gives logits
     loader: Iterable,  # batches of (input, target)
@@ -244,7 +244,7 @@ def train_epoch(
         samples += len(images)
     return total / max(samples, 1)
 
-# %% ../nbs/11_training.ipynb #73c20297
+# %% ../nbs/11_training.ipynb #edfcce19
 def resume(
     folder: Path,  # of the run
     config: TrainConfig,  # of the run that wants to continue
@@ -261,7 +261,7 @@ def resume(
         raise ValueError(f"{folder} holds a run of another configuration ({found}); choose another folder or delete it")
     return state
 
-# %% ../nbs/11_training.ipynb #8549cad8
+# %% ../nbs/11_training.ipynb #e1031904
 def epochs_since_best(
     history: list[dict],  # the epochs so far
 ) -> int:  # 0 when the last epoch is the best one, or nothing is validated
@@ -288,7 +288,7 @@ def write_state(
     state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "config": text}
     save_checkpoint(folder / "latest.pt", state | ({"average": average.state_dict()} if average else {}))
 
-# %% ../nbs/11_training.ipynb #64129936
+# %% ../nbs/11_training.ipynb #2da0de17
 def moving_average(
     network: torch.nn.Module,  # to be averaged
     decay: float,  # weight of the past per step; 0 gives None
@@ -306,7 +306,7 @@ def restore(
         if part is not None and name in state:
             part.load_state_dict(state[name])
 
-# %% ../nbs/11_training.ipynb #97480355
+# %% ../nbs/11_training.ipynb #36a7c99b
 def fit(
     network: torch.nn.Module,  # gives logits; its weights are changed
     train_set: Dataset,  # (input, target) samples, random changes included
@@ -346,7 +346,7 @@ def fit(
     bare.load_state_dict(load_checkpoint(folder / "best.pt")["network"])
     return pd.DataFrame(history)
 
-# %% ../nbs/11_training.ipynb #6a77eeb1
+# %% ../nbs/11_training.ipynb #43efd448
 def write_manifest(
     path: Path,  # manifest.json of the run's folder
     files: Iterable[Path],  # the data that was read; their names and sizes make the data's hash
@@ -365,7 +365,7 @@ def write_manifest(
     path.write_text(json.dumps(manifest, indent=2, default=str), encoding="utf-8")
     return manifest
 
-# %% ../nbs/11_training.ipynb #b7a9bfb7
+# %% ../nbs/11_training.ipynb #caf8d7a8
 PAPER_SCALES = (0.5, 1.75, 2.6, 3.0)
 
 
@@ -409,6 +409,6 @@ def paper_preset() -> Preset:
 
 PRESETS = {
     "smoke": small_preset((192, 256), (160, 160), 64, (8, 4), 3e-3, nuclei="jittered", folds=0, pictures=48, yardstick=False),
-    "light": small_preset((384, 512), (288, 288), 96, (13, 8), 2e-3, nuclei="out-of-fold", folds=2, pictures=300, yardstick=True),
+    "light": small_preset((384, 512), (288, 288), 96, (13, 6), 2e-3, nuclei="out-of-fold", folds=2, pictures=300, yardstick=True),
     "paper": paper_preset(),
 }
