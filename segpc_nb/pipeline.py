@@ -6,7 +6,7 @@
 __all__ = ['SELECTIONS', 'BUNDLE_VERSION', 'BundleConfig', 'split_touching', 'find_nuclei', 'aggregate', 'ask', 'check_picture',
            'Segmenter', 'save_bundle', 'load_bundle']
 
-# %% ../nbs/13_pipeline.ipynb #732db1c4
+# %% ../nbs/13_pipeline.ipynb #e0de7af6
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,7 +27,7 @@ from .images import equalize_histogram, write_bytes
 from .models import load_network, save_network
 from .regions import crop_regions, paste_region, resize_window
 
-# %% ../nbs/13_pipeline.ipynb #ea4b5f1e
+# %% ../nbs/13_pipeline.ipynb #1e990cb9
 SELECTIONS = ("paper", "keep-all", "fuse", "nms")
 BUNDLE_VERSION = 1
 
@@ -67,7 +67,7 @@ class BundleConfig:
             raise ValueError("; ".join(wrong))
         return self
 
-# %% ../nbs/13_pipeline.ipynb #7c9c4bf5
+# %% ../nbs/13_pipeline.ipynb #4c67bed0
 def split_touching(
     mask: np.ndarray,  # (h, w) bool
 ) -> np.ndarray:  # (h, w) int32 labels, 0 background
@@ -80,7 +80,7 @@ def split_touching(
     seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
     return watershed(-distance, seeds, mask=mask)
 
-# %% ../nbs/13_pipeline.ipynb #c0c9d7b2
+# %% ../nbs/13_pipeline.ipynb #d58e1725
 def _stretch(surface: np.ndarray, corner: tuple[int, int], grid: tuple[int, int], shape: tuple[int, int]) -> tuple[np.ndarray, tuple]:
     "The part of a full picture (H, W) that a window of the network's grid (h, w) covers, bilinear, and its box."
     factors = np.array(shape) / grid
@@ -121,7 +121,7 @@ def find_nuclei(
             cells.append(cell_from_parts(len(cells) + 1, box, nucleus, np.zeros_like(nucleus), shape, score=score))
     return cells
 
-# %% ../nbs/13_pipeline.ipynb #f1e71f51
+# %% ../nbs/13_pipeline.ipynb #b9575e1b
 def aggregate(
     candidates: list[list[Candidate]],  # per nucleus, scales ascending
     select: str,  # one of SELECTIONS
@@ -138,7 +138,7 @@ def aggregate(
         cells = fuse(candidates, config.cell_threshold) if select == "fuse" else non_maximum_suppression(candidates)
     return [cell for cell in cells if cell.score >= config.min_score]
 
-# %% ../nbs/13_pipeline.ipynb #49367a47
+# %% ../nbs/13_pipeline.ipynb #28c93984
 @torch.inference_mode()
 def ask(
     network: Callable,  # (N, C, h, w) float to (N, 1, h, w) logits
@@ -159,7 +159,7 @@ def ask(
             raise ValueError("network: its answer holds NaN; its weights are broken, train it again with a smaller step or clip_norm")
     return np.concatenate(answers)
 
-# %% ../nbs/13_pipeline.ipynb #fc5b6a48
+# %% ../nbs/13_pipeline.ipynb #4ce1789a
 def check_picture(
     image: np.ndarray,  # whatever it is
 ) -> np.ndarray:  # the same: (H, W, 3) uint8 RGB
@@ -169,7 +169,7 @@ def check_picture(
         raise ValueError(f"image: {found}; expected a uint8 array (height, width, 3) in RGB, as images.read_picture gives")
     return image
 
-# %% ../nbs/13_pipeline.ipynb #e6a27249
+# %% ../nbs/13_pipeline.ipynb #dba8b475
 class Segmenter:
     "Pictures in, cells out: the nucleus network, one cytoplasm network per scale, and their numbers."
 
@@ -235,7 +235,7 @@ class Segmenter:
         pasted = [(nucleus, *paste_region(answer, box, image.shape[:2])) for nucleus, answer, box in answers]
         return [make_candidate(nucleus, scale, box, probability, self.config.cell_threshold) for nucleus, probability, box in pasted]
 
-# %% ../nbs/13_pipeline.ipynb #29b4ff6f
+# %% ../nbs/13_pipeline.ipynb #51efb5dd
 def save_bundle(
     segmenter: Segmenter,  # with networks from `models.build_network`
     folder: Path,  # gets bundle.json, nucleus/ and one folder per scale

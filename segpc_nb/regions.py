@@ -6,7 +6,7 @@
 __all__ = ['nucleus_box', 'region_box', 'resize_window', 'resize_part', 'picture_window', 'crop_regions', 'paste_region',
            'match_nuclei', 'jitter_nucleus', 'CellRegions']
 
-# %% ../nbs/08_regions.ipynb #d9185b6e
+# %% ../nbs/08_regions.ipynb #4384269c
 from collections.abc import Callable
 
 import cv2
@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from .cells import Cell, intersections, window
 from .images import equalize_histogram
 
-# %% ../nbs/08_regions.ipynb #d852774f
+# %% ../nbs/08_regions.ipynb #aa20d869
 def nucleus_box(
     cell: Cell,
 ) -> tuple[int, int, int, int]:  # top, left, bottom, right; px
@@ -41,7 +41,7 @@ def region_box(
     rows, columns = round(scale * (bottom - top) / 2), round(scale * (right - left) / 2)
     return top - rows, left - columns, bottom + rows, right + columns
 
-# %% ../nbs/08_regions.ipynb #c3c983f7
+# %% ../nbs/08_regions.ipynb #eaf0574c
 def resize_window(
     values: np.ndarray,  # (h, w) or (h, w, C); uint8 or float32
     shape: tuple[int, int],  # (height, width) that comes out, px
@@ -60,7 +60,7 @@ def resize_part(
     "Change the size of a mask: as a picture, then cut at one half."
     return resize_window(mask.astype(np.uint8) * 255, shape) > 127
 
-# %% ../nbs/08_regions.ipynb #81e8f03d
+# %% ../nbs/08_regions.ipynb #6defdc12
 def picture_window(
     image: np.ndarray,  # (H, W, C) uint8
     box: tuple[int, int, int, int],  # top, left, bottom, right; px, may stick out anywhere
@@ -93,7 +93,7 @@ def crop_regions(
         crop[3] = resize_part(window(nucleus, boxes[-1])[0], (side, side))
     return crops, boxes
 
-# %% ../nbs/08_regions.ipynb #56c2ed2d
+# %% ../nbs/08_regions.ipynb #89060e10
 def paste_region(
     probability: np.ndarray,  # (side, side) float32, 0..1
     box: tuple[int, int, int, int],  # where the crop came from, may stick out of the picture
@@ -107,7 +107,7 @@ def paste_region(
     full = resize_window(probability, (bottom - top, right - left))
     return full[inside[0] - top : inside[2] - top, inside[1] - left : inside[3] - left], inside
 
-# %% ../nbs/08_regions.ipynb #87fd9e25
+# %% ../nbs/08_regions.ipynb #e9023883
 def match_nuclei(
     predicted: list[Cell],
     truth: list[Cell],
@@ -121,7 +121,7 @@ def match_nuclei(
     shared[shared <= overlap * np.minimum(areas[0][:, None], areas[1][None])] = 0
     return [truth[row.argmax()] if row.any() else None for row in shared]
 
-# %% ../nbs/08_regions.ipynb #16f5c419
+# %% ../nbs/08_regions.ipynb #45097939
 def jitter_nucleus(
     nucleus: np.ndarray,  # (h, w) bool
     rng: np.random.Generator,
@@ -138,7 +138,7 @@ def jitter_nucleus(
     result = (cv2.dilate if change > 0 else cv2.erode)(result, disc, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     return result.astype(bool) if result.any() else nucleus
 
-# %% ../nbs/08_regions.ipynb #599e7642
+# %% ../nbs/08_regions.ipynb #43161cae
 class CellRegions(Dataset):
     "Crops of one scale around nuclei, and the whole cell in each: what a cytoplasm network is trained on."
 
