@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'SHARED_FIELDS', 'instance_number', 'Sample', 'read_cell', 
            'picture_of', 'unpack_dataset', 'check_samples', 'overlap_groups', 'split_holdout', 'fold_samples',
            'NucleusPictures']
 
-# %% ../nbs/05_dataset.ipynb #afeec858
+# %% ../nbs/05_dataset.ipynb #5a4bc85b
 import os
 import re
 import zipfile
@@ -26,7 +26,7 @@ from torchvision import tv_tensors
 from .cells import Cell, cell_from_mask, iou_table, same_cell
 from .images import PICTURE_SUFFIXES, PictureError, equalize_histogram, natural_key, picture_files, read_mask, read_picture
 
-# %% ../nbs/05_dataset.ipynb #d72af22a
+# %% ../nbs/05_dataset.ipynb #c3cc9cc6
 def instance_number(
     path: Path,  # a mask, ID_K.bmp
 ) -> int:  # K
@@ -77,7 +77,7 @@ def read_cell(
         raise PictureError(path, "a mask without a cell", "delete it or take it again from the source")
     return cell_from_mask(mask, instance_number(path)), mask.shape
 
-# %% ../nbs/05_dataset.ipynb #80232833
+# %% ../nbs/05_dataset.ipynb #36622cb9
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
 
 
@@ -132,7 +132,7 @@ def picture_of(
     "The picture that a mask belongs to, by its name."
     return Path(path).stem.rpartition("_")[0]
 
-# %% ../nbs/05_dataset.ipynb #fe5ef76b
+# %% ../nbs/05_dataset.ipynb #73eb544a
 def unpack_dataset(
     archive: Path,  # the downloaded .zip
     out: Path,  # folder that gets the data set
@@ -156,7 +156,7 @@ def unpack_dataset(
         inner.unlink()
     return out
 
-# %% ../nbs/05_dataset.ipynb #acecfda1
+# %% ../nbs/05_dataset.ipynb #24b7c43c
 def check_samples(
     samples: list[Sample],
 ) -> pd.DataFrame:  # one row per problem: file, problem
@@ -190,11 +190,16 @@ def _sample_problems(sample: Sample) -> list[tuple[Path, str]]:
         except (ValueError, OSError) as error:
             problems.append((path, str(error).removeprefix(f"{path}: ")))
             continue
-        for other in np.flatnonzero(iou_table(cells[-1:], cells[:-1], "nucleus")[0] > 0.9):
-            problems.append((path, f"the same nucleus as in {sample.id}_{cells[other].id}"))
+        if not cells[-1].nucleus.any():
+            problems.append((path, "a cell without a nucleus"))
+        for other in cells[:-1]:
+            if other.id == cells[-1].id:
+                problems.append((path, f"a second cell of number {other.id}"))
+            elif iou_table([other], cells[-1:], "nucleus")[0, 0] > 0.9:
+                problems.append((path, f"the same nucleus as in {sample.id}_{other.id}"))
     return problems
 
-# %% ../nbs/05_dataset.ipynb #6b2a7cc2
+# %% ../nbs/05_dataset.ipynb #4cccb937
 SHARED_FIELDS = (
     ("1934", "1939"), ("2128", "2148"), ("2111", "2112"), ("9431", "9432"), ("2141", "2340"),  # within train, 35-70%
     ("2308", "2295"), ("2191", "1948"), ("2048", "2276"), ("2205", "2015"), ("2138", "2139"),  # train and validation, 51-87%
@@ -243,7 +248,7 @@ def fold_samples(
         min(folds, key=len).extend(groups[i])
     return folds
 
-# %% ../nbs/05_dataset.ipynb #94bba8d0
+# %% ../nbs/05_dataset.ipynb #94342c73
 class NucleusPictures(Dataset):
     "Whole pictures and the map of their nuclei, for stage one (paper section 3.1)."
 

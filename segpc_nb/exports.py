@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'NUMBERS', 'write_masks', 'read_masks', 'cells_table', 'write_cells_csv', 'read_cells_csv', 'read_results',
            'submission_lines', 'write_submission', 'read_submission']
 
-# %% ../nbs/14_exports.ipynb #4a14748d
+# %% ../nbs/14_exports.ipynb #860b2dff
 import contextlib
 import io
 import os
@@ -24,7 +24,7 @@ from .dataset import instance_number
 from .images import PICTURE_SUFFIXES, PictureError, natural_key, read_mask, write_bytes, write_image
 from .metrics import OFFICIAL_SHAPE
 
-# %% ../nbs/14_exports.ipynb #932fa5b0
+# %% ../nbs/14_exports.ipynb #c19e4c79
 def write_masks(
     folder: Path,  # made if needed
     id: str,  # of the picture
@@ -36,6 +36,7 @@ def write_masks(
     if suffix not in (".png", ".bmp"):
         raise ValueError(f"suffix = {suffix!r}, allowed: '.png', '.bmp'; other formats may change the values")
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{id}_{k}{suffix}" for k in range(1, len(cells) + 1)]
     for path, cell in zip(files, cells):
         if not cell.area:
@@ -52,7 +53,7 @@ def _mask_files(folder: Path) -> list[Path]:
     found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES] if folder.is_dir() else []
     return sorted((path for path in found if not path.name.startswith(".")), key=lambda path: natural_key(path.name))
 
-# %% ../nbs/14_exports.ipynb #4e1f28ca
+# %% ../nbs/14_exports.ipynb #dacb36ce
 def _read_folder(folder: Path) -> tuple[dict[str, list[Cell]], dict[str, tuple[int, int]]]:
     "Cells and size of each picture in a folder of masks."
     if not Path(folder).is_dir():
@@ -78,11 +79,17 @@ def read_masks(
     "Read a folder of official masks."
     return _read_folder(folder)[0]
 
-# %% ../nbs/14_exports.ipynb #8e89446c
-COLUMNS = (
+# %% ../nbs/14_exports.ipynb #243746d3
+COLUMNS = (  # of cells.csv
     *("picture", "id", "nucleus", "score", "scale", "cell_area", "nucleus_area", "cytoplasm_area", "ratio"),
     *("row", "column", "top", "left", "bottom", "right", "touches_border"),
 )
+
+
+def _shape_of(shapes: dict[str, tuple[int, int]], id: str) -> tuple[int, int]:
+    if id not in shapes:
+        raise ValueError(f"shapes lacks picture {id!r}; give (height, width) of every picture with cells")
+    return shapes[id]
 
 
 def _measurements(cell: Cell, shape: tuple[int, int]) -> tuple:
@@ -101,10 +108,10 @@ def cells_table(
     shapes: dict[str, tuple[int, int]],  # (H, W) of every picture
 ) -> pd.DataFrame:  # one row per cell, COLUMNS
     "Measure every cell."
-    rows = [(id, k, cell.id, *_measurements(cell, shapes[id])) for id, members in cells.items() for k, cell in enumerate(members, 1)]
+    rows = [(id, k, cell.id, *_measurements(cell, _shape_of(shapes, id))) for id, members in cells.items() for k, cell in enumerate(members, 1)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
-# %% ../nbs/14_exports.ipynb #87fe2153
+# %% ../nbs/14_exports.ipynb #414c7dc0
 def write_cells_csv(
     path: Path,
     cells: dict[str, list[Cell]],  # of every picture, in the order of their masks
@@ -119,7 +126,7 @@ def read_cells_csv(
 ) -> pd.DataFrame:  # one row per cell, COLUMNS
     "Read a table of cells; names of pictures stay text."
     try:
-        table = pd.read_csv(path, dtype={"picture": str}, keep_default_na=False, na_values={"score": ["", "nan"]}, float_precision="round_trip")
+        table = pd.read_csv(path, dtype={"picture": str}, keep_default_na=False, na_values={"score": ["", "nan"]})
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no readable table ({error}); write it again with `segpc predict`") from error
     missing = [name for name in ("picture", "id", "score") if name not in table]
@@ -130,7 +137,7 @@ def read_cells_csv(
             raise ValueError(f"{path}: column {name} holds something other than numbers; write it again with `segpc predict`")
     return table
 
-# %% ../nbs/14_exports.ipynb #a1852f4a
+# %% ../nbs/14_exports.ipynb #fac46d3e
 def read_results(
     folder: Path,  # holds y with the masks, and cells.csv if scores are known
 ) -> tuple[dict[str, list[Cell]], dict[str, tuple[int, int]]]:  # cells and (H, W) of every picture that has a mask
@@ -152,7 +159,7 @@ def read_results(
             members[n] = replace(cell, scale=float(scale), score=float(score))
     return cells, shapes
 
-# %% ../nbs/14_exports.ipynb #8a09abe3
+# %% ../nbs/14_exports.ipynb #94182892
 NUMBERS = np.array([str(number) for number in range(max(OFFICIAL_SHAPE))], object)
 
 
@@ -184,12 +191,12 @@ def submission_lines(
     for id in sorted(cells, key=natural_key):
         if not id or id != "".join(id.split()):
             raise ValueError(f"picture {id!r}: a submission can't hold names that are empty or have white space; rename the picture")
-        grid = [resize_cell(cell, shapes[id], OFFICIAL_SHAPE) for cell in cells[id]]
+        grid = [resize_cell(cell, _shape_of(shapes, id), OFFICIAL_SHAPE) for cell in cells[id]]
         instances = [_instance(cell) for cell in grid if cell]
         if instances:
             yield "\t".join([id, *instances])
 
-# %% ../nbs/14_exports.ipynb #d826ec5a
+# %% ../nbs/14_exports.ipynb #feff5842
 def write_submission(
     path: Path,  # .zip as the challenge takes it, or .txt
     cells: dict[str, list[Cell]],  # of every picture
@@ -200,8 +207,8 @@ def write_submission(
     if path.suffix.lower() not in (".txt", ".zip"):
         raise ValueError(f"path = {path}: suffix {path.suffix!r}, allowed are .zip (what the challenge takes) and .txt")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             if path.suffix.lower() == ".zip":
                 archive = stack.enter_context(zipfile.ZipFile(part, "w"))
@@ -213,10 +220,13 @@ def write_submission(
             for number, line in enumerate(submission_lines(cells, shapes)):
                 file.write(("\n" * (number > 0) + line).encode())
         os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} was not written ({error.strerror}); free some space or choose a folder that can be written to") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
-# %% ../nbs/14_exports.ipynb #81d48243
+# %% ../nbs/14_exports.ipynb #ca549551
 def _read_part(text: str) -> np.ndarray:
     "Coordinates of one list, (n, 2) int."
     points = np.array([*map(int, text.replace(";", ",").split(","))] if text else [], int)
@@ -270,7 +280,7 @@ def read_submission(
                 for k, field in enumerate(filter(None, fields), 1):
                     try:
                         members.append(_read_instance(field, k))
-                    except ValueError as error:
+                    except (ValueError, OverflowError) as error:
                         raise ValueError(f"{path}, line {number}, picture {id!r}, cell {k}: {error}; write the file again") from None
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path}: no readable zip ({error}); write it again") from error

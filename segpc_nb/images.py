@@ -6,7 +6,7 @@
 __all__ = ['PICTURE_SUFFIXES', 'MAX_PIXELS', 'WRITABLE', 'PictureError', 'write_bytes', 'write_image', 'read_picture',
            'read_mask', 'natural_key', 'picture_files', 'find_pictures', 'equalize_histogram']
 
-# %% ../nbs/03_images.ipynb #6d531a38
+# %% ../nbs/03_images.ipynb #59e0d0a1
 import errno
 import io
 import os
@@ -21,7 +21,7 @@ from PIL import Image
 
 from .cells import BACKGROUND, CYTOPLASM, NUCLEUS
 
-# %% ../nbs/03_images.ipynb #9606d486
+# %% ../nbs/03_images.ipynb #81cd06ee
 PICTURE_SUFFIXES = (".bmp", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_PIXELS = 150_000_000  # thirty times the larger of the two cameras
 
@@ -41,7 +41,7 @@ class PictureError(ValueError):
     def __reduce__(self):  # the three parts survive the way from a worker process
         return type(self), (self.path, self.found, self.fix)
 
-# %% ../nbs/03_images.ipynb #242e9da3
+# %% ../nbs/03_images.ipynb #2d274b2e
 WRITABLE = {".bmp": (np.uint8,), ".png": (np.uint8, np.uint16), ".jpg": (np.uint8,), ".jpeg": (np.uint8,)}
 
 
@@ -76,25 +76,25 @@ def write_image(
         raise PictureError(path, f"suffix {path.suffix or '(none)'!r}", f"allowed for writing are {' '.join(WRITABLE)}")
     if image.dtype not in allowed:
         raise PictureError(path, f"values of type {image.dtype}", f"{path.suffix} holds {' or '.join(kind.__name__ for kind in allowed)}; change the format or the type")
-    if not image.size or image.shape[2:] not in ((), (3,)):
+    if not image.size or not (image.ndim == 2 or image.shape[2:] == (3,)):
         raise PictureError(path, f"an array of shape {image.shape}", "allowed are (H, W) and (H, W, 3)")
     pixels = image if image.ndim == 2 else np.ascontiguousarray(image[..., ::-1])  # RGB -> BGR
     done, content = cv2.imencode(path.suffix.lower(), pixels)
     assert done, path
     write_bytes(path, content.tobytes())
 
-# %% ../nbs/03_images.ipynb #0ab65070
-def _too_large(content: bytes) -> bool:
-    "Does the header announce more than MAX_PIXELS?"
+# %% ../nbs/03_images.ipynb #11958b4f
+def _announced_pixels(content: bytes) -> int:
+    "Width times height as the header says; 0 if there is no readable one."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             width, height = Image.open(io.BytesIO(content)).size
     except Image.DecompressionBombError:
-        return True
+        return MAX_PIXELS + 1
     except (OSError, ValueError, SyntaxError):
-        return False  # no header that Pillow knows: the decoder has the last word
-    return width * height > MAX_PIXELS
+        return 0
+    return width * height
 
 
 def _decode(path: Path) -> np.ndarray:
@@ -110,14 +110,15 @@ def _decode(path: Path) -> np.ndarray:
         raise PictureError(path, f"can't be read ({error.strerror})", "check the file's rights and the disk") from error
     if not content:
         raise PictureError(path, "empty file", "copy it again from the source")
-    if _too_large(content):
+    announced = _announced_pixels(content)
+    if announced > MAX_PIXELS:
         raise PictureError(path, f"more than {MAX_PIXELS:,} pixels", "cut it into tiles or reduce it")
     try:
-        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED) if announced else None
     except cv2.error:
         pixels = None
     if pixels is None:
-        raise PictureError(path, f"no readable picture ({len(content):,} bytes)", "it is damaged or of another format; copy or convert it again")
+        raise PictureError(path, f"no readable picture ({len(content):,} bytes)", "it is damaged or of a rare kind; copy it again or convert it to 8-bit RGB")
     return pixels
 
 
@@ -136,7 +137,7 @@ def read_picture(
         raise PictureError(path, "a fourth channel that is not opaque", "flatten the picture to opaque RGB")
     return np.ascontiguousarray(pixels[..., 2::-1])  # BGR(A) -> RGB
 
-# %% ../nbs/03_images.ipynb #b84f32e9
+# %% ../nbs/03_images.ipynb #0a9d6149
 def read_mask(
     path: Path,  # .bmp or .png, one cell
 ) -> np.ndarray:  # (H, W) uint8 with 0, 20 and 40
@@ -151,7 +152,7 @@ def read_mask(
         raise PictureError(path, found, fix)
     return np.ascontiguousarray(mask)
 
-# %% ../nbs/03_images.ipynb #480b7c0b
+# %% ../nbs/03_images.ipynb #107a10cc
 def natural_key(
     name: str,
 ) -> tuple:
@@ -186,7 +187,7 @@ def find_pictures(
         raise ValueError("paths is empty; give at least one picture or folder")
     return list(found.values())
 
-# %% ../nbs/03_images.ipynb #3a25cdf3
+# %% ../nbs/03_images.ipynb #f0c7aea1
 def equalize_histogram(
     image: np.ndarray,  # (H, W, 3) uint8 RGB
 ) -> np.ndarray:  # (H, W, 3) uint8 RGB, each channel equalised by itself
