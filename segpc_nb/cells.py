@@ -6,16 +6,16 @@
 __all__ = ['BACKGROUND', 'CYTOPLASM', 'NUCLEUS', 'Cell', 'cell_from_parts', 'cell_from_mask', 'mask_from_cell', 'window',
            'same_cell', 'resize_cell', 'intersections', 'iou_table', 'encode_rle', 'decode_rle']
 
-# %% ../nbs/01_cells.ipynb #6f4e1cc6
+# %% ../nbs/01_cells.ipynb #d9aae5ef
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-# %% ../nbs/01_cells.ipynb #cdc05045
+# %% ../nbs/01_cells.ipynb #58f6de5e
 BACKGROUND, CYTOPLASM, NUCLEUS = 0, 20, 40
 
-# %% ../nbs/01_cells.ipynb #f62f30c2
+# %% ../nbs/01_cells.ipynb #1aa9cd30
 @dataclass(frozen=True, eq=False)
 class Cell:
     "A nucleus and its cytoplasm inside a box of a picture."
@@ -58,9 +58,9 @@ class Cell:
     def ratio(self) -> float:  # inf without a nucleus
         "Cytoplasm area by nucleus area (paper section 3.3)."
         nucleus = np.count_nonzero(self.nucleus)
-        return np.count_nonzero(self.cytoplasm) / nucleus if nucleus else float("inf")
+        return float(np.count_nonzero(self.cytoplasm) / nucleus) if nucleus else float("inf")
 
-# %% ../nbs/01_cells.ipynb #2fd94ab3
+# %% ../nbs/01_cells.ipynb #83d37f27
 def cell_from_parts(
     id: int,  # number within its picture
     box: tuple[int, int, int, int],  # top, left, bottom, right of both parts; px, may stick out of the picture
@@ -86,11 +86,11 @@ def cell_from_parts(
     bbox = (top + rows[0], left + columns[0], top + rows[-1] + 1, left + columns[-1] + 1)
     return Cell(id, tuple(map(int, bbox)), nucleus[tight].copy(), (cytoplasm & ~nucleus)[tight], scale, score)
 
-# %% ../nbs/01_cells.ipynb #f4b9f5ff
+# %% ../nbs/01_cells.ipynb #5d794730
 def cell_from_mask(
     mask: np.ndarray,  # (H, W) uint8, 0 background, 20 cytoplasm, 40 nucleus
     id: int,  # number within its picture
-) -> Cell:
+) -> Cell:  # with a tight box
     "Read one official mask."
     if mask.ndim != 2 or mask.dtype != np.uint8:
         raise ValueError(f"mask {id} is {mask.dtype} {mask.shape}, expected one channel of uint8; `read_mask` reads files with three channels")
@@ -107,7 +107,7 @@ def cell_from_mask(
 
 
 def mask_from_cell(
-    cell: Cell,
+    cell: Cell,  # inside the picture
     shape: tuple[int, int],  # (H, W) of the picture
 ) -> np.ndarray:  # (H, W) uint8, 0 background, 20 cytoplasm, 40 nucleus
     "Draw one cell as an official mask."
@@ -118,9 +118,9 @@ def mask_from_cell(
     mask[top:bottom, left:right] = cell.nucleus * np.uint8(NUCLEUS) + cell.cytoplasm * np.uint8(CYTOPLASM)
     return mask
 
-# %% ../nbs/01_cells.ipynb #f75be370
+# %% ../nbs/01_cells.ipynb #bd7b3a05
 def window(
-    cell: Cell,
+    cell: Cell,  # anywhere
     box: tuple[int, int, int, int],  # top, left, bottom, right; px, may stick out anywhere
 ) -> tuple[np.ndarray, np.ndarray]:  # nucleus and cytoplasm, (h, w) bool of the box
     "What a box sees of a cell; nothing outside the cell's own box."
@@ -135,15 +135,15 @@ def window(
 
 
 def same_cell(
-    a: Cell,
-    b: Cell,
-) -> bool:
+    a: Cell,  # of one picture
+    b: Cell,  # of the same picture
+) -> bool:  # ids, scales and scores may differ
     "Do two cells cover the same pixels with the same parts? Slack of their boxes does not matter."
     return a.area == b.area and all(np.array_equal(mine, theirs) for mine, theirs in zip((a.nucleus, a.cytoplasm), window(b, a.bbox)))
 
-# %% ../nbs/01_cells.ipynb #ea1a22ba
+# %% ../nbs/01_cells.ipynb #d6597db3
 def resize_cell(
-    cell: Cell,
+    cell: Cell,  # as stored
     shape: tuple[int, int],  # (H, W) of the picture
     new_shape: tuple[int, int],  # (H, W) of the new grid
 ) -> Cell | None:  # None when nothing of it is left
@@ -166,7 +166,7 @@ def resize_cell(
     box = (firsts[0], firsts[1], firsts[0] + len(rows), firsts[1] + len(columns))
     return cell_from_parts(cell.id, box, nucleus, cytoplasm, scale=cell.scale, score=cell.score)
 
-# %% ../nbs/01_cells.ipynb #4734a059
+# %% ../nbs/01_cells.ipynb #5d5d35f1
 def _part(cell: Cell, part: str) -> np.ndarray:
     if part not in ("mask", "nucleus", "cytoplasm"):
         raise ValueError(f"part = {part!r}, allowed: 'mask', 'nucleus', 'cytoplasm'")
@@ -174,8 +174,8 @@ def _part(cell: Cell, part: str) -> np.ndarray:
 
 
 def intersections(
-    a: list[Cell],
-    b: list[Cell],
+    a: list[Cell],  # of one picture
+    b: list[Cell],  # of the same picture
     part: str = "mask",  # "mask" (whole cell), "nucleus" or "cytoplasm"
 ) -> np.ndarray:  # (len(a), len(b)) int64 px
     "Common area of every two cells, computed where their boxes meet."
@@ -193,8 +193,8 @@ def intersections(
 
 
 def iou_table(
-    a: list[Cell],
-    b: list[Cell],
+    a: list[Cell],  # of one picture
+    b: list[Cell],  # of the same picture
     part: str = "mask",  # "mask" (whole cell), "nucleus" or "cytoplasm"
 ) -> np.ndarray:  # (len(a), len(b)) float64, 0..1
     "Intersection over union of every two cells; 0 where both parts are empty."
@@ -203,7 +203,7 @@ def iou_table(
     joint = areas_a[:, None] + areas_b[None] - shared
     return shared / np.maximum(joint, 1)
 
-# %% ../nbs/01_cells.ipynb #bf6d89fa
+# %% ../nbs/01_cells.ipynb #ea06c3fa
 def encode_rle(
     mask: np.ndarray,  # (h, w) bool
 ) -> list[int]:  # run lengths, background first, column by column (COCO's uncompressed form)

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'NUMBERS', 'write_masks', 'read_masks', 'cells_table', 'write_cells_csv', 'read_cells_csv', 'read_results',
            'submission_lines', 'write_submission', 'read_submission']
 
-# %% ../nbs/14_exports.ipynb #6c9979ad
+# %% ../nbs/14_exports.ipynb #5d9bdb41
 import contextlib
 import io
 import os
@@ -24,7 +24,7 @@ from .dataset import instance_number
 from .images import PICTURE_SUFFIXES, PictureError, natural_key, read_mask, write_bytes, write_image
 from .metrics import OFFICIAL_SHAPE
 
-# %% ../nbs/14_exports.ipynb #da5a2f34
+# %% ../nbs/14_exports.ipynb #236268db
 def write_masks(
     folder: Path,  # made if needed
     id: str,  # of the picture
@@ -53,7 +53,7 @@ def _mask_files(folder: Path) -> list[Path]:
     found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES] if folder.is_dir() else []
     return sorted((path for path in found if not path.name.startswith(".")), key=lambda path: natural_key(path.name))
 
-# %% ../nbs/14_exports.ipynb #1a07823a
+# %% ../nbs/14_exports.ipynb #b94fe0b7
 def _read_folder(folder: Path) -> tuple[dict[str, list[Cell]], dict[str, tuple[int, int]]]:
     "Cells and size of each picture in a folder of masks."
     if not Path(folder).is_dir():
@@ -79,7 +79,7 @@ def read_masks(
     "Read a folder of official masks."
     return _read_folder(folder)[0]
 
-# %% ../nbs/14_exports.ipynb #3ba585bc
+# %% ../nbs/14_exports.ipynb #36ea297a
 COLUMNS = (  # of cells.csv
     *("picture", "id", "nucleus", "score", "scale", "cell_area", "nucleus_area", "cytoplasm_area", "ratio"),
     *("row", "column", "top", "left", "bottom", "right", "touches_border"),
@@ -111,9 +111,9 @@ def cells_table(
     rows = [(id, k, cell.id, *_measurements(cell, _shape_of(shapes, id))) for id, members in cells.items() for k, cell in enumerate(members, 1)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
-# %% ../nbs/14_exports.ipynb #b5438e99
+# %% ../nbs/14_exports.ipynb #a3868732
 def write_cells_csv(
-    path: Path,
+    path: Path,  # of cells.csv
     cells: dict[str, list[Cell]],  # of every picture, in the order of their masks
     shapes: dict[str, tuple[int, int]],  # (H, W) of every picture
 ) -> None:
@@ -122,7 +122,7 @@ def write_cells_csv(
 
 
 def read_cells_csv(
-    path: Path,
+    path: Path,  # of cells.csv
 ) -> pd.DataFrame:  # one row per cell, COLUMNS
     "Read a table of cells; names of pictures stay text."
     try:
@@ -137,7 +137,7 @@ def read_cells_csv(
             raise ValueError(f"{path}: column {name} holds something other than numbers; write it again with `segpc predict`")
     return table
 
-# %% ../nbs/14_exports.ipynb #9b972efe
+# %% ../nbs/14_exports.ipynb #bc49fd82
 def read_results(
     folder: Path,  # holds y with the masks, and cells.csv if scores are known
 ) -> tuple[dict[str, list[Cell]], dict[str, tuple[int, int]]]:  # cells and (H, W) of every picture that has a mask
@@ -159,7 +159,7 @@ def read_results(
             members[n] = replace(cell, scale=float(scale), score=float(score))
     return cells, shapes
 
-# %% ../nbs/14_exports.ipynb #83952742
+# %% ../nbs/14_exports.ipynb #6ccc8a8c
 NUMBERS = np.array([str(number) for number in range(max(OFFICIAL_SHAPE))], object)
 
 
@@ -196,7 +196,7 @@ def submission_lines(
         if instances:
             yield "\t".join([id, *instances])
 
-# %% ../nbs/14_exports.ipynb #3bda6e9d
+# %% ../nbs/14_exports.ipynb #1eae7ae3
 def write_submission(
     path: Path,  # .zip as the challenge takes it, or .txt
     cells: dict[str, list[Cell]],  # of every picture
@@ -226,7 +226,7 @@ def write_submission(
         with contextlib.suppress(OSError):
             part.unlink()
 
-# %% ../nbs/14_exports.ipynb #87923b86
+# %% ../nbs/14_exports.ipynb #62d1f955
 def _read_part(text: str) -> np.ndarray:
     "Coordinates of one list, (n, 2) int."
     points = np.array([*map(int, text.replace(";", ",").split(","))] if text else [], int)
@@ -249,7 +249,7 @@ def _read_instance(text: str, id: int) -> Cell:
         mask[rows - top, columns - left] = True
     return cell_from_parts(id, (int(top), int(left), int(bottom), int(right)), *masks)
 
-# %% ../nbs/14_exports.ipynb #509e6c51
+# %% ../nbs/14_exports.ipynb #bef8df4d
 @contextlib.contextmanager
 def _open_submission(path: Path) -> Iterator[io.TextIOBase]:
     "The lines of a plain or zipped submission."

@@ -7,7 +7,7 @@ __all__ = ['OFFICIAL_SHAPE', 'IOU_THRESHOLDS', 'RATIOS', 'official_ious', 'offic
            'class_ious', 'panoptic_quality', 'aggregated_jaccard', 'detection_hits', 'average_precision',
            'PictureScores', 'score_picture', 'evaluate_cells', 'score_table']
 
-# %% ../nbs/02_metrics.ipynb #6cf5264a
+# %% ../nbs/02_metrics.ipynb #b0edd9cf
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 
 from .cells import Cell, intersections, iou_table, resize_cell
 
-# %% ../nbs/02_metrics.ipynb #163e814e
+# %% ../nbs/02_metrics.ipynb #440838ad
 OFFICIAL_SHAPE = (1080, 1440)  # grid on which the challenge compares masks, (H, W) px
 
 
@@ -50,7 +50,7 @@ def official_score(
         raise ValueError("truth holds no cell, so there is nothing to score; is it the folder with the masks?")
     return float(best.mean())
 
-# %% ../nbs/02_metrics.ipynb #1a3fe2f8
+# %% ../nbs/02_metrics.ipynb #06931213
 @dataclass(frozen=True)
 class Matches:
     "Annotated and predicted cells paired one to one."
@@ -63,7 +63,7 @@ def match_cells(
     truth: list[Cell],  # of one picture
     pred: list[Cell],  # of the same picture
     threshold: float = 0.5,  # pairs need an IoU above it, 0..1
-) -> Matches:
+) -> Matches:  # pairs of positions and their IoU
     "Pair as many cells as possible, each at most once, then with the highest sum of IoU."
     ious = iou_table(truth, pred)
     allowed = ious > threshold
@@ -72,7 +72,7 @@ def match_cells(
     taken = allowed[rows, columns]
     return Matches(np.stack([rows, columns], 1)[taken], ious[rows, columns][taken])
 
-# %% ../nbs/02_metrics.ipynb #d9504025
+# %% ../nbs/02_metrics.ipynb #fb490c90
 def class_ious(
     truth: list[Cell],  # of one picture
     pred: list[Cell],  # of the same picture
@@ -86,7 +86,7 @@ def class_ious(
                 ious[row, column] = iou_table([truth[i]], [pred[j]], part)[0, 0]
     return ious
 
-# %% ../nbs/02_metrics.ipynb #c600fb80
+# %% ../nbs/02_metrics.ipynb #5ac468b6
 def panoptic_quality(
     truth: dict[str, list[Cell]],  # cells of every picture
     pred: dict[str, list[Cell]],  # a missing picture counts as one without cells
@@ -98,7 +98,7 @@ def panoptic_quality(
     cells = sum(len(truth.get(id, [])) + len(pred.get(id, [])) for id in ids)
     return float(2 * total / max(cells, 1))
 
-# %% ../nbs/02_metrics.ipynb #96fa63d9
+# %% ../nbs/02_metrics.ipynb #a1077665
 def aggregated_jaccard(
     truth: list[Cell],  # of one picture
     pred: list[Cell],  # of the same picture
@@ -115,7 +115,7 @@ def aggregated_jaccard(
     joint += extra[unused].sum()
     return float(common / joint) if joint else float("nan")
 
-# %% ../nbs/02_metrics.ipynb #305eb5b3
+# %% ../nbs/02_metrics.ipynb #9a2be9d7
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of COCO's AP
 
 
@@ -168,7 +168,7 @@ def _precision_areas(hits: np.ndarray, scores: np.ndarray, weights: np.ndarray, 
             areas[t] = precision[t, np.searchsorted(recall, np.linspace(0, 1, 101))].mean()
     return areas
 
-# %% ../nbs/02_metrics.ipynb #5e525752
+# %% ../nbs/02_metrics.ipynb #a2762ce3
 RATIOS = ("official", "pq", "f1", "recall", "precision", "aji", "nucleus_iou", "cytoplasm_iou")
 
 
@@ -183,10 +183,10 @@ class PictureScores:
 
 
 def score_picture(
-    truth: list[Cell],
-    pred: list[Cell],
+    truth: list[Cell],  # of one picture
+    pred: list[Cell],  # of the same picture
     shape: tuple[int, int],  # (H, W) of the picture
-) -> PictureScores:
+) -> PictureScores:  # sums to add up over a set
     "Look at one picture once, for all scores."
     truth, pred = _ordered(truth), _ordered(pred)
     matches = match_cells(truth, pred)
@@ -206,7 +206,7 @@ def score_picture(
     table = np.array([ratios[name] for name in RATIOS], float)
     return PictureScores(table, n, np.array([cell.score for cell in pred], float), detection_hits(truth, pred))
 
-# %% ../nbs/02_metrics.ipynb #9475e5ec
+# %% ../nbs/02_metrics.ipynb #7b897129
 def _summarize(pictures: list[PictureScores], draws: np.ndarray) -> dict[str, np.ndarray]:
     "Scores of the set for each row of `draws` (n, pictures), which says how often every picture counts."
     ratios = np.tensordot(draws, np.stack([picture.ratios for picture in pictures]), 1)  # (n, scores, 2)
@@ -254,7 +254,7 @@ def evaluate_cells(
         result["ci"] = {name: np.percentile(drawn[name], [2.5, 97.5]).tolist() for name in names}
     return result
 
-# %% ../nbs/02_metrics.ipynb #238d279b
+# %% ../nbs/02_metrics.ipynb #e7a2d238
 def score_table(
     results: dict[str, dict],  # method -> what `evaluate_cells` returned
     intervals: bool = True,  # write the intervals behind the scores
