@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'NUMBERS', 'write_masks', 'read_masks', 'cells_table', 'write_cells_csv', 'read_cells_csv', 'read_results',
            'submission_lines', 'write_submission', 'read_submission']
 
-# %% ../nbs/14_exports.ipynb #5d9bdb41
+# %% ../nbs/14_exports.ipynb #61461b97
 import contextlib
 import io
 import os
@@ -24,7 +24,7 @@ from .dataset import instance_number
 from .images import PICTURE_SUFFIXES, PictureError, natural_key, read_mask, write_bytes, write_image
 from .metrics import OFFICIAL_SHAPE
 
-# %% ../nbs/14_exports.ipynb #236268db
+# %% ../nbs/14_exports.ipynb #37a6ce43
 def write_masks(
     folder: Path,  # made if needed
     id: str,  # of the picture
@@ -53,7 +53,7 @@ def _mask_files(folder: Path) -> list[Path]:
     found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES] if folder.is_dir() else []
     return sorted((path for path in found if not path.name.startswith(".")), key=lambda path: natural_key(path.name))
 
-# %% ../nbs/14_exports.ipynb #b94fe0b7
+# %% ../nbs/14_exports.ipynb #06d0fce9
 def _read_folder(folder: Path) -> tuple[dict[str, list[Cell]], dict[str, tuple[int, int]]]:
     "Cells and size of each picture in a folder of masks."
     if not Path(folder).is_dir():
@@ -79,7 +79,7 @@ def read_masks(
     "Read a folder of official masks."
     return _read_folder(folder)[0]
 
-# %% ../nbs/14_exports.ipynb #36ea297a
+# %% ../nbs/14_exports.ipynb #7034cd86
 COLUMNS = (  # of cells.csv
     *("picture", "id", "nucleus", "score", "scale", "cell_area", "nucleus_area", "cytoplasm_area", "ratio"),
     *("row", "column", "top", "left", "bottom", "right", "touches_border"),
@@ -111,7 +111,7 @@ def cells_table(
     rows = [(id, k, cell.id, *_measurements(cell, _shape_of(shapes, id))) for id, members in cells.items() for k, cell in enumerate(members, 1)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
-# %% ../nbs/14_exports.ipynb #a3868732
+# %% ../nbs/14_exports.ipynb #3d3a15e9
 def write_cells_csv(
     path: Path,  # of cells.csv
     cells: dict[str, list[Cell]],  # of every picture, in the order of their masks
@@ -133,11 +133,11 @@ def read_cells_csv(
     if missing:
         raise ValueError(f"{path}: column {', '.join(missing)} is missing, found {', '.join(table.columns)}; write it again with `segpc predict`")
     for name in ("id", "score"):
-        if not pd.api.types.is_numeric_dtype(table[name]) or table[name].isna().any():
+        if len(table) and (not pd.api.types.is_numeric_dtype(table[name]) or table[name].isna().any()):
             raise ValueError(f"{path}: column {name} holds something other than numbers; write it again with `segpc predict`")
     return table
 
-# %% ../nbs/14_exports.ipynb #bc49fd82
+# %% ../nbs/14_exports.ipynb #b331de4f
 def read_results(
     folder: Path,  # holds y with the masks, and cells.csv if scores are known
 ) -> tuple[dict[str, list[Cell]], dict[str, tuple[int, int]]]:  # cells and (H, W) of every picture that has a mask
@@ -159,7 +159,7 @@ def read_results(
             members[n] = replace(cell, scale=float(scale), score=float(score))
     return cells, shapes
 
-# %% ../nbs/14_exports.ipynb #6ccc8a8c
+# %% ../nbs/14_exports.ipynb #2d787b95
 NUMBERS = np.array([str(number) for number in range(max(OFFICIAL_SHAPE))], object)
 
 
@@ -196,7 +196,7 @@ def submission_lines(
         if instances:
             yield "\t".join([id, *instances])
 
-# %% ../nbs/14_exports.ipynb #1eae7ae3
+# %% ../nbs/14_exports.ipynb #78abb1fb
 def write_submission(
     path: Path,  # .zip as the challenge takes it, or .txt
     cells: dict[str, list[Cell]],  # of every picture
@@ -226,7 +226,7 @@ def write_submission(
         with contextlib.suppress(OSError):
             part.unlink()
 
-# %% ../nbs/14_exports.ipynb #62d1f955
+# %% ../nbs/14_exports.ipynb #24a95c09
 def _read_part(text: str) -> np.ndarray:
     "Coordinates of one list, (n, 2) int."
     points = np.array([*map(int, text.replace(";", ",").split(","))] if text else [], int)
@@ -249,7 +249,7 @@ def _read_instance(text: str, id: int) -> Cell:
         mask[rows - top, columns - left] = True
     return cell_from_parts(id, (int(top), int(left), int(bottom), int(right)), *masks)
 
-# %% ../nbs/14_exports.ipynb #bef8df4d
+# %% ../nbs/14_exports.ipynb #49ad3eb4
 @contextlib.contextmanager
 def _open_submission(path: Path) -> Iterator[io.TextIOBase]:
     "The lines of a plain or zipped submission."
