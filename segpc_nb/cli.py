@@ -6,7 +6,7 @@
 __all__ = ['BUNDLE', 'SELECT', 'choose_bundle', 'earlier_results', 'predict', 'evaluate', 'report', 'submit', 'synth',
            'make_parser', 'run_command', 'main']
 
-# %% ../nbs/15_cli.ipynb #04773257
+# %% ../nbs/15_cli.ipynb #ae98bd1c
 import json
 import math
 import sys
@@ -14,19 +14,22 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-# %% ../nbs/15_cli.ipynb #b7a43157
-BUNDLE = Path(__file__).parent / "bundle" if "__file__" in globals() else Path("bundle")  # the bundle shipped with the package
+import segpc_nb
+
+# %% ../nbs/15_cli.ipynb #f155e080
+BUNDLE = Path(segpc_nb.__file__).parent / "bundle"  # where a bundle shipped with the package stands
 
 
 def choose_bundle(
     bundle: Path | None,  # None takes the one shipped with the package
+    shipped: Path = BUNDLE,
 ) -> Path:
     "The folder of the networks."
     if bundle is not None:
         return Path(bundle)
-    if not (BUNDLE / "bundle.json").exists():
+    if not (shipped / "bundle.json").exists():
         raise ValueError("no --bundle given, and none is shipped with this installation; make one with `make reproduce` and pass its folder as --bundle")
-    return BUNDLE
+    return shipped
 
 
 def earlier_results(
@@ -43,7 +46,7 @@ def earlier_results(
     write_cells_csv(table, {}, {})
     return cells_table({}, {})
 
-# %% ../nbs/15_cli.ipynb #d85ef28c
+# %% ../nbs/15_cli.ipynb #7407f051
 def predict(
     pictures: list[Path],  # files and folders
     out: Path,  # gets y/ID_K.png and cells.csv
@@ -82,7 +85,7 @@ def predict(
         write_bytes(out / "cells.csv", pd.concat(filled).to_csv(index=False, lineterminator="\n").encode())
     return failed
 
-# %% ../nbs/15_cli.ipynb #33b8e21b
+# %% ../nbs/15_cli.ipynb #d4af8c71
 def evaluate(
     truth: Path,  # folder that holds y/ with the annotation
     pred: Path,  # folder that holds y/ with the prediction, and cells.csv
@@ -120,7 +123,7 @@ def report(
             lines.append(f"{name:<14}{text:>8}" + (f"  [{low:.4f}, {high:.4f}]" if None not in (low, high) else ""))
     return "\n".join(lines)
 
-# %% ../nbs/15_cli.ipynb #9245205f
+# %% ../nbs/15_cli.ipynb #2e9ba189
 def submit(
     pred: Path,  # folder of `predict`
     out: Path,  # .zip as the challenge takes it, or .txt
@@ -148,7 +151,7 @@ def synth(
         raise ValueError(f"--seed {seed}: allowed are 0 and more")
     return make_dataset(Path(out), pictures=pictures, seed=seed)
 
-# %% ../nbs/15_cli.ipynb #f457ddd0
+# %% ../nbs/15_cli.ipynb #1e74d340
 SELECT = ("paper", "keep-all", "fuse", "nms")  # as `pipeline.SELECTIONS`, without importing it
 
 
@@ -177,7 +180,7 @@ def make_parser() -> ArgumentParser:
         subcommands.add_subcommand(name, command, help=command.description)
     return parser
 
-# %% ../nbs/15_cli.ipynb #fd74167b
+# %% ../nbs/15_cli.ipynb #34ab0aa3
 def run_command(
     command: str,  # one of the parser's
     options: dict,  # its options

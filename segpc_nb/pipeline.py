@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SELECTIONS', 'BUNDLE_VERSION', 'BundleConfig', 'split_touching', 'find_nuclei', 'aggregate', 'ask', 'ask_regions',
-           'check_picture', 'Segmenter', 'save_bundle', 'load_bundle']
+           'select_step_by_step', 'check_picture', 'Segmenter', 'save_bundle', 'load_bundle']
 
-# %% ../nbs/13_pipeline.ipynb #ef98c3d0
+# %% ../nbs/13_pipeline.ipynb #30c79340
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -27,7 +28,7 @@ from .images import equalize_histogram, write_bytes
 from .models import load_network, save_network
 from .regions import crop_regions, paste_region, resize_window
 
-# %% ../nbs/13_pipeline.ipynb #e0e59df9
+# %% ../nbs/13_pipeline.ipynb #c605ec8b
 SELECTIONS = ("paper", "keep-all", "fuse", "nms")
 BUNDLE_VERSION = 1
 
@@ -67,7 +68,7 @@ class BundleConfig:
             raise ValueError("; ".join(wrong))
         return self
 
-# %% ../nbs/13_pipeline.ipynb #3c2a477f
+# %% ../nbs/13_pipeline.ipynb #4bfdf8d8
 def split_touching(
     mask: np.ndarray,  # (h, w) bool
 ) -> np.ndarray:  # (h, w) int32 labels, 0 background
@@ -80,7 +81,7 @@ def split_touching(
     seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
     return watershed(-distance, seeds, mask=mask)
 
-# %% ../nbs/13_pipeline.ipynb #4f1332f5
+# %% ../nbs/13_pipeline.ipynb #d63317bc
 def _stretch(surface: np.ndarray, corner: tuple[int, int], grid: tuple[int, int], shape: tuple[int, int]) -> tuple[np.ndarray, tuple]:
     "The part of a full picture (H, W) that a window of the network's grid (h, w) covers, bilinear, and its box."
     factors = np.array(shape) / grid
@@ -121,7 +122,7 @@ def find_nuclei(
             cells.append(cell_from_parts(len(cells) + 1, box, nucleus, np.zeros_like(nucleus), shape, score=score))
     return cells
 
-# %% ../nbs/13_pipeline.ipynb #2ad83c3c
+# %% ../nbs/13_pipeline.ipynb #5cda1425
 def aggregate(
     candidates: list[list[Candidate]],  # per nucleus, scales ascending
     select: str,  # one of SELECTIONS
@@ -138,7 +139,7 @@ def aggregate(
         cells = fuse(candidates, config.cell_threshold) if select == "fuse" else non_maximum_suppression(candidates)
     return [cell for cell in cells if cell.score >= config.min_score]
 
-# %% ../nbs/13_pipeline.ipynb #10b92cf8
+# %% ../nbs/13_pipeline.ipynb #716ffd22
 @torch.inference_mode()
 def ask(
     network: Callable,  # (N, C, h, w) float to (N, 1, h, w) logits
@@ -159,7 +160,7 @@ def ask(
             raise ValueError("network: its answer holds NaN; its weights are broken, train it again with a smaller step or clip_norm")
     return np.concatenate(answers)
 
-# %% ../nbs/13_pipeline.ipynb #812909e7
+# %% ../nbs/13_pipeline.ipynb #ee542d18
 def ask_regions(
     network: Callable,  # of this scale
     image: np.ndarray,  # (H, W, 3) uint8 RGB
@@ -175,17 +176,32 @@ def ask_regions(
     pasted = [(nucleus, *paste_region(answer, box, image.shape[:2])) for nucleus, answer, box in answers]
     return [make_candidate(nucleus, scale, box, probability, threshold) for nucleus, probability, box in pasted]
 
-# %% ../nbs/13_pipeline.ipynb #eca02839
+# %% ../nbs/13_pipeline.ipynb #a44da1fe
+def select_step_by_step(
+    nuclei: list[Cell],
+    ask_scale: Callable[[list[Cell], int], list[Candidate]],  # answers about some nuclei at the n-th scale
+    upper_ratios: tuple[float, ...],  # one per scale except the last
+) -> list[Cell]:  # one per nucleus
+    "The same cells as `select_by_ratio`, with no more answers than needed."
+    chosen, waiting = {}, dict(enumerate(nuclei))
+    for position in range(len(upper_ratios) + 1):
+        found = dict(zip(waiting, ask_scale(list(waiting.values()), position)))
+        chosen |= {k: candidate.cell for k, candidate in found.items() if accepts(candidate.cell, position, upper_ratios)}
+        waiting = {k: nucleus for k, nucleus in waiting.items() if k not in chosen}
+    return [chosen[k] for k in range(len(nuclei))]
+
+# %% ../nbs/13_pipeline.ipynb #a651655c
 def check_picture(
     image: np.ndarray,  # whatever it is
-) -> np.ndarray:  # the same: (H, W, 3) uint8 RGB
+    equalize: bool = False,  # equalise the histogram of each channel
+) -> np.ndarray:  # (H, W, 3) uint8 RGB
     "Refuse what is no 8-bit RGB picture."
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         found = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(f"image: {found}; expected a uint8 array (height, width, 3) in RGB, as images.read_picture gives")
-    return image
+    return equalize_histogram(image) if equalize else image
 
-# %% ../nbs/13_pipeline.ipynb #558ade6c
+# %% ../nbs/13_pipeline.ipynb #9fe1f89f
 class Segmenter:
     "Pictures in, cells out: the nucleus network, one cytoplasm network per scale, and their numbers."
 
@@ -221,7 +237,7 @@ class Segmenter:
     ) -> list[list[Candidate]]:  # per nucleus, scales ascending
         "Stage two: what every scale says about every nucleus."
         nuclei = self.nuclei(image) if nuclei is None else nuclei
-        stained = self._stained(image)
+        stained = check_picture(image, self.config.equalize)
         return [list(scales) for scales in zip(*(self._at_scale(stained, nuclei, k) for k in range(len(self.config.scales))))]
 
     def segment(
@@ -234,21 +250,15 @@ class Segmenter:
         nuclei = self.nuclei(image) if nuclei is None else nuclei
         if select != "paper" or len(self.config.upper_ratios) != len(self.config.scales) - 1:
             return aggregate(self.candidates(image, nuclei), select, self.config)
-        stained, chosen, waiting = self._stained(image), {}, dict(enumerate(nuclei))
-        for position in range(len(self.config.scales)):
-            found = dict(zip(waiting, self._at_scale(stained, list(waiting.values()), position)))
-            chosen |= {k: c.cell for k, c in found.items() if accepts(c.cell, position, self.config.upper_ratios)}
-            waiting = {k: nucleus for k, nucleus in waiting.items() if k not in chosen}
-        return [chosen[k] for k in sorted(chosen) if chosen[k].score >= self.config.min_score]
-
-    def _stained(self, image):
-        return equalize_histogram(check_picture(image)) if self.config.equalize else check_picture(image)
+        stained = check_picture(image, self.config.equalize)
+        cells = select_step_by_step(nuclei, partial(self._at_scale, stained), self.config.upper_ratios)
+        return [cell for cell in cells if cell.score >= self.config.min_score]
 
     def _at_scale(self, image, nuclei, position):
         scale, size = self.config.scales[position], self.config.region_sizes[position]
         return ask_regions(self.cell_networks[scale], image, nuclei, scale, size, self.config.cell_threshold, self.batch_size)
 
-# %% ../nbs/13_pipeline.ipynb #407d9c8c
+# %% ../nbs/13_pipeline.ipynb #bd2799fa
 def save_bundle(
     segmenter: Segmenter,  # with networks from `models.build_network`
     folder: Path,  # gets bundle.json, nucleus/ and one folder per scale
