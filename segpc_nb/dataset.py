@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'SHARED_FIELDS', 'instance_number', 'Sample', 'read_cell', 
            'picture_of', 'unpack_dataset', 'check_samples', 'overlap_groups', 'split_holdout', 'fold_samples',
            'NucleusPictures']
 
-# %% ../nbs/05_dataset.ipynb #5a4bc85b
+# %% ../nbs/05_dataset.ipynb #0633354d
 import os
 import re
 import zipfile
@@ -26,7 +26,7 @@ from torchvision import tv_tensors
 from .cells import Cell, cell_from_mask, iou_table, same_cell
 from .images import PICTURE_SUFFIXES, PictureError, equalize_histogram, natural_key, picture_files, read_mask, read_picture
 
-# %% ../nbs/05_dataset.ipynb #c3cc9cc6
+# %% ../nbs/05_dataset.ipynb #2abe2d37
 def instance_number(
     path: Path,  # a mask, ID_K.bmp
 ) -> int:  # K
@@ -52,7 +52,7 @@ class Sample:
     def cells(
         self,
         shape: tuple[int, int] | None = None,  # (H, W) the masks must have; None takes that of the first
-    ) -> list[Cell]:
+    ) -> list[Cell]:  # in the order of K
         "Read the annotated cells; the id of each is K of its file's name."
         cells = {}
         for path in self.masks:
@@ -77,7 +77,7 @@ def read_cell(
         raise PictureError(path, "a mask without a cell", "delete it or take it again from the source")
     return cell_from_mask(mask, instance_number(path)), mask.shape
 
-# %% ../nbs/05_dataset.ipynb #36622cb9
+# %% ../nbs/05_dataset.ipynb #f4838c44
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
 
 
@@ -132,7 +132,7 @@ def picture_of(
     "The picture that a mask belongs to, by its name."
     return Path(path).stem.rpartition("_")[0]
 
-# %% ../nbs/05_dataset.ipynb #73eb544a
+# %% ../nbs/05_dataset.ipynb #f40a56e0
 def unpack_dataset(
     archive: Path,  # the downloaded .zip
     out: Path,  # folder that gets the data set
@@ -156,9 +156,9 @@ def unpack_dataset(
         inner.unlink()
     return out
 
-# %% ../nbs/05_dataset.ipynb #24b7c43c
+# %% ../nbs/05_dataset.ipynb #2037324e
 def check_samples(
-    samples: list[Sample],
+    samples: list[Sample],  # from `list_samples`
 ) -> pd.DataFrame:  # one row per problem: file, problem
     "Read every file of the samples, look at what else stands in their folders, and list what is wrong."
     folders = dict.fromkeys(sample.picture.parent.parent for sample in samples)
@@ -199,7 +199,7 @@ def _sample_problems(sample: Sample) -> list[tuple[Path, str]]:
                 problems.append((path, f"the same nucleus as in {sample.id}_{other.id}"))
     return problems
 
-# %% ../nbs/05_dataset.ipynb #4cccb937
+# %% ../nbs/05_dataset.ipynb #96f466e3
 SHARED_FIELDS = (
     ("1934", "1939"), ("2128", "2148"), ("2111", "2112"), ("9431", "9432"), ("2141", "2340"),  # within train, 35-70%
     ("2308", "2295"), ("2191", "1948"), ("2048", "2276"), ("2205", "2015"), ("2138", "2139"),  # train and validation, 51-87%
@@ -209,7 +209,7 @@ SHARED_FIELDS = (
 
 
 def overlap_groups(
-    samples: list[Sample],
+    samples: list[Sample],  # each id once
 ) -> list[list[Sample]]:  # in the order of their first members
     "Groups of pictures that show the same field; a picture that shares with nobody is a group of its own."
     group_of = {sample.id: {sample.id} for sample in samples}
@@ -224,7 +224,7 @@ def overlap_groups(
 
 
 def split_holdout(
-    samples: list[Sample],
+    samples: list[Sample],  # each id once
 ) -> tuple[list[Sample], list[Sample]]:  # for training and tuning; for the final scores
     "Set a fifth aside for good: the groups whose smallest id, as text, has crc32 % 5 == 0."
     kept, holdout = [], []
@@ -235,10 +235,10 @@ def split_holdout(
 
 
 def fold_samples(
-    samples: list[Sample],
+    samples: list[Sample],  # each id once
     n_folds: int,  # number of parts
     seed: int = 0,  # of the shuffle
-) -> list[list[Sample]]:
+) -> list[list[Sample]]:  # `n_folds` parts
     "Part the samples into folds of about equal size; groups stay together."
     groups = overlap_groups(samples)
     if not 1 <= n_folds <= len(groups):
@@ -248,13 +248,13 @@ def fold_samples(
         min(folds, key=len).extend(groups[i])
     return folds
 
-# %% ../nbs/05_dataset.ipynb #94342c73
+# %% ../nbs/05_dataset.ipynb #ae58b690
 class NucleusPictures(Dataset):
     "Whole pictures and the map of their nuclei, for stage one (paper section 3.1)."
 
     def __init__(
         self,
-        samples: list[Sample],
+        samples: list[Sample],  # read at once
         size: tuple[int, int],  # (h, w) of the network's input, px
         transform: Callable | None = None,  # torchvision v2 transform of (Image, Mask)
         equalize: bool = False,  # histogram equalisation of each channel
@@ -265,14 +265,15 @@ class NucleusPictures(Dataset):
     def _load(self, sample, size, equalize):
         image = sample.image()
         target = self.target(sample.cells(image.shape[:2]), image.shape[:2])
-        image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if image.shape[0] > size[0] else cv2.INTER_LINEAR)
+        shrinks = size[0] <= image.shape[0] and size[1] <= image.shape[1]
+        image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
         image = equalize_histogram(image) if equalize else image
         target = cv2.resize(target, size[::-1], interpolation=cv2.INTER_NEAREST)
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(target)[None]  # (H,W,3) -> (3,H,W)
 
     def target(
         self,
-        cells: list[Cell],
+        cells: list[Cell],  # of one picture
         shape: tuple[int, int],  # (H, W) of the picture
     ) -> np.ndarray:  # (H, W) uint8, 1 on nuclei
         "What the network shall say, drawn for the whole picture."

@@ -6,7 +6,7 @@
 __all__ = ['PICTURE_SUFFIXES', 'MAX_PIXELS', 'WRITABLE', 'PictureError', 'write_bytes', 'write_image', 'read_picture',
            'read_mask', 'natural_key', 'picture_files', 'find_pictures', 'equalize_histogram']
 
-# %% ../nbs/03_images.ipynb #59e0d0a1
+# %% ../nbs/03_images.ipynb #76dfdd84
 import errno
 import io
 import os
@@ -21,7 +21,7 @@ from PIL import Image
 
 from .cells import BACKGROUND, CYTOPLASM, NUCLEUS
 
-# %% ../nbs/03_images.ipynb #81cd06ee
+# %% ../nbs/03_images.ipynb #82dd4d9e
 PICTURE_SUFFIXES = (".bmp", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_PIXELS = 150_000_000  # thirty times the larger of the two cameras
 
@@ -41,13 +41,13 @@ class PictureError(ValueError):
     def __reduce__(self):  # the three parts survive the way from a worker process
         return type(self), (self.path, self.found, self.fix)
 
-# %% ../nbs/03_images.ipynb #2d274b2e
+# %% ../nbs/03_images.ipynb #ec5a39d5
 WRITABLE = {".bmp": (np.uint8,), ".png": (np.uint8, np.uint16), ".jpg": (np.uint8,), ".jpeg": (np.uint8,)}
 
 
 def write_bytes(
     path: Path,  # where the file shall stand; its folder is made
-    content: bytes,
+    content: bytes,  # all of it
 ) -> None:
     "Write a file in one step: whole or not at all."
     path, part = Path(path), None
@@ -83,7 +83,7 @@ def write_image(
     assert done, path
     write_bytes(path, content.tobytes())
 
-# %% ../nbs/03_images.ipynb #11958b4f
+# %% ../nbs/03_images.ipynb #03a7244a
 def _announced_pixels(content: bytes) -> int:
     "Width times height as the header says; 0 if there is no readable one."
     try:
@@ -137,7 +137,7 @@ def read_picture(
         raise PictureError(path, "a fourth channel that is not opaque", "flatten the picture to opaque RGB")
     return np.ascontiguousarray(pixels[..., 2::-1])  # BGR(A) -> RGB
 
-# %% ../nbs/03_images.ipynb #0a9d6149
+# %% ../nbs/03_images.ipynb #ea2d2fb6
 def read_mask(
     path: Path,  # .bmp or .png, one cell
 ) -> np.ndarray:  # (H, W) uint8 with 0, 20 and 40
@@ -152,17 +152,17 @@ def read_mask(
         raise PictureError(path, found, fix)
     return np.ascontiguousarray(mask)
 
-# %% ../nbs/03_images.ipynb #107a10cc
+# %% ../nbs/03_images.ipynb #f7229eb9
 def natural_key(
-    name: str,
-) -> tuple:
+    name: str,  # of a file, or an id
+) -> tuple:  # to be given to `sorted` as key
     "Sort key that puts 2 before 10."
     parts = re.split(r"(\d+)", name)
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts), name
 
 
 def picture_files(
-    folder: Path,
+    folder: Path,  # not searched deeper
 ) -> list[Path]:  # natural order; nothing if there is no such folder
     "The picture files that stand in a folder, without hidden ones."
     files = Path(folder).iterdir() if Path(folder).is_dir() else []
@@ -172,7 +172,7 @@ def picture_files(
 
 def find_pictures(
     paths: list[Path],  # files and folders; folders are not searched deeper
-) -> list[Path]:
+) -> list[Path]:  # as they were named, in that order
     "All picture files named or contained, each once; those of a folder in natural order."
     found = {}
     for path in map(Path, paths):
@@ -187,7 +187,7 @@ def find_pictures(
         raise ValueError("paths is empty; give at least one picture or folder")
     return list(found.values())
 
-# %% ../nbs/03_images.ipynb #f0c7aea1
+# %% ../nbs/03_images.ipynb #593bc2e7
 def equalize_histogram(
     image: np.ndarray,  # (H, W, 3) uint8 RGB
 ) -> np.ndarray:  # (H, W, 3) uint8 RGB, each channel equalised by itself

@@ -6,7 +6,7 @@
 __all__ = ['OUTLINE_COLORS', 'CELL_COLORS', 'show_picture', 'outlines', 'show_cells', 'show_masks', 'show_panel', 'show_regions',
            'show_history']
 
-# %% ../nbs/04_plots.ipynb #e0a8a422
+# %% ../nbs/04_plots.ipynb #2eb4eb5f
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from skimage.measure import find_contours
 
 from .cells import Cell
 
-# %% ../nbs/04_plots.ipynb #87ce9dd9
+# %% ../nbs/04_plots.ipynb #19642b9e
 def _axes(ax: Axes | None, shape: tuple[int, int], width: float = 4.0) -> Axes:
     "The axes given, or new ones of the picture's proportions."
     return ax or plt.subplots(figsize=(width, width * shape[0] / shape[1]), dpi=70, layout="constrained")[1]
@@ -29,7 +29,7 @@ def show_picture(
     image: np.ndarray,  # (H, W, 3) uint8 RGB
     ax: Axes | None = None,  # where to draw; None makes a figure
     title: str | None = None,  # stands above the picture
-) -> Axes:
+) -> Axes:  # with the picture's pixels as coordinates
     "Draw a picture without axes."
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 (H, W, 3) RGB; move the channels last and scale to 0..255")
@@ -39,7 +39,7 @@ def show_picture(
     ax.set_title(title or "", fontsize=9)
     return ax
 
-# %% ../nbs/04_plots.ipynb #f68da789
+# %% ../nbs/04_plots.ipynb #22ad6421
 OUTLINE_COLORS = {"mask": "black", "nucleus": "#F0E442"}  # yellow of Okabe and Ito's palette
 
 
@@ -58,11 +58,11 @@ def _draw(ax: Axes, lines: list[np.ndarray], color: str) -> None:
 
 def show_cells(
     image: np.ndarray,  # (H, W, 3) uint8 RGB
-    cells: list[Cell],
+    cells: list[Cell],  # of this picture
     ax: Axes | None = None,  # where to draw; None makes a figure
     title: str | None = None,  # stands above the picture
     numbers: bool = False,  # write each cell's id on it
-) -> Axes:
+) -> Axes:  # with the picture's pixels as coordinates
     "Draw a picture and the outlines of its cells (black) and nuclei (yellow)."
     ax = show_picture(image, ax, title)
     for cell in cells:
@@ -73,16 +73,16 @@ def show_cells(
             ax.text((left + right - 1) / 2, (top + bottom - 1) / 2, cell.id, color="white", fontsize=8, ha="center", va="center", clip_on=True, path_effects=[Stroke(linewidth=1.5, foreground="black"), Normal()])
     return ax
 
-# %% ../nbs/04_plots.ipynb #24a7c219
+# %% ../nbs/04_plots.ipynb #24da2c4f
 CELL_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito 2008
 
 
 def show_masks(
-    cells: list[Cell],
+    cells: list[Cell],  # of one picture
     shape: tuple[int, int],  # (H, W) of the picture
     ax: Axes | None = None,  # where to draw; None makes a figure
     title: str | None = None,  # stands above the picture
-) -> Axes:
+) -> Axes:  # with the picture's pixels as coordinates
     "Draw cells as coloured areas on white: cytoplasm pale, nucleus full."
     canvas = np.ones((*shape, 3))
     for cell in cells:
@@ -91,7 +91,7 @@ def show_masks(
         canvas[top:bottom, left:right] *= 1 - weight * (1 - np.array(to_rgb(CELL_COLORS[cell.id % len(CELL_COLORS)])))
     return show_picture((255 * canvas).round().astype(np.uint8), ax, title)
 
-# %% ../nbs/04_plots.ipynb #e4b070b9
+# %% ../nbs/04_plots.ipynb #cf438f90
 def show_panel(
     image: np.ndarray,  # (H, W, 3) uint8 RGB
     truth: list[Cell],  # annotated cells
@@ -107,7 +107,7 @@ def show_panel(
     show_cells(image, pred, axes[2], f"prediction, {len(pred)} cells")
     return axes
 
-# %% ../nbs/04_plots.ipynb #bccd5ade
+# %% ../nbs/04_plots.ipynb #f2764291
 def show_regions(
     regions: np.ndarray,  # (n, 4, h, w) RGB and nucleus mask; uint8 0..255 and 0/1, or float 0..1; tensors too
     targets: np.ndarray | None = None,  # (n, 1, h, w) whole cell, 0..1
@@ -130,7 +130,7 @@ def show_regions(
         line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, rotation=90, ha="right", va="center", fontsize=8)
     return axes
 
-# %% ../nbs/04_plots.ipynb #3065031b
+# %% ../nbs/04_plots.ipynb #02111a07
 def show_history(
     history: pd.DataFrame,  # one row per epoch; columns epoch, *_loss, and scores valid_* in 0..1
     ax: Axes | None = None,  # where to draw; None makes a figure

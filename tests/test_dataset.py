@@ -31,6 +31,7 @@ from segpc_nb.dataset import (
     unpack_dataset,
 )
 from segpc_nb.images import PictureError, equalize_histogram, write_image
+from segpc_nb.regions import resize_window
 
 SHAPE = (24, 32)
 
@@ -402,15 +403,15 @@ def test_pictures_are_read_once(tmp_path):
         assert reader.call_count == 2
 
 
-@pytest.mark.parametrize("size", [(12, 16), SHAPE, (48, 64), (30, 20)])
-def test_items_equal_a_plain_resize(tmp_path, size):
+@pytest.mark.parametrize("size", [(12, 16), SHAPE, (48, 64), (30, 20), (20, 40), (24, 16)])
+def test_training_sees_what_prediction_sees(tmp_path, size):
     samples = list_samples(write_split(tmp_path / "train").parent)
     for sample, (image, target) in zip(samples, NucleusPictures(samples, size)):
         assert (image.shape, target.shape) == ((3, *size), (1, *size))
         assert image.dtype == target.dtype == torch.float32
         assert 0 <= image.min() and image.max() <= 1
-        way = cv2.INTER_AREA if size[0] < SHAPE[0] else cv2.INTER_LINEAR
-        assert np.array_equal((image * 255).round().numpy().astype(np.uint8), cv2.resize(sample.image(), size[::-1], interpolation=way).transpose(2, 0, 1))
+        seen = resize_window(sample.image(), size)  # what the pipeline gives to the network
+        assert np.array_equal((image * 255).round().numpy().astype(np.uint8), seen.transpose(2, 0, 1))
         nuclei = np.any([mask_from_cell(cell, SHAPE) == NUCLEUS for cell in sample.cells()], axis=0).astype(np.uint8)
         assert np.array_equal(target[0].numpy(), cv2.resize(nuclei, size[::-1], interpolation=cv2.INTER_NEAREST))
 
