@@ -44,7 +44,8 @@ def test_exported_cells_are_short_and_shown(path):
     code = [source(cell) for cell in cells(path) if cell["cell_type"] == "code"]
     definitions = [i for i, text in enumerate(code) if text.startswith("#| export") and ("\ndef " in text or "\nclass " in text)]
     for i in definitions:
-        assert len(code[i].splitlines()) <= 55, code[i][:80]
+        limit = 70 if "\nclass " in code[i] else 55
+        assert len(code[i].splitlines()) <= limit, code[i][:80]
     shown = [i for i in definitions if i + 1 < len(code) and not code[i + 1].startswith("#| export")]
     assert len(shown) >= 0.8 * len(definitions), [code[i][:60] for i in definitions if i not in shown]
 
