@@ -6,7 +6,7 @@
 __all__ = ['SELECTIONS', 'BUNDLE_VERSION', 'BundleConfig', 'split_touching', 'find_nuclei', 'aggregate', 'ask', 'ask_regions',
            'select_step_by_step', 'check_picture', 'Segmenter', 'save_bundle', 'load_bundle']
 
-# %% ../nbs/13_pipeline.ipynb #30c79340
+# %% ../nbs/13_pipeline.ipynb #9dd20f6d
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -28,7 +28,7 @@ from .images import equalize_histogram, write_bytes
 from .models import load_network, save_network
 from .regions import crop_regions, paste_region, resize_window
 
-# %% ../nbs/13_pipeline.ipynb #c605ec8b
+# %% ../nbs/13_pipeline.ipynb #1e8640af
 SELECTIONS = ("paper", "keep-all", "fuse", "nms")
 BUNDLE_VERSION = 1
 
@@ -68,7 +68,7 @@ class BundleConfig:
             raise ValueError("; ".join(wrong))
         return self
 
-# %% ../nbs/13_pipeline.ipynb #4bfdf8d8
+# %% ../nbs/13_pipeline.ipynb #079546a6
 def split_touching(
     mask: np.ndarray,  # (h, w) bool
 ) -> np.ndarray:  # (h, w) int32 labels, 0 background
@@ -81,7 +81,7 @@ def split_touching(
     seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
     return watershed(-distance, seeds, mask=mask)
 
-# %% ../nbs/13_pipeline.ipynb #d63317bc
+# %% ../nbs/13_pipeline.ipynb #09138eb4
 def _stretch(surface: np.ndarray, corner: tuple[int, int], grid: tuple[int, int], shape: tuple[int, int]) -> tuple[np.ndarray, tuple]:
     "The part of a full picture (H, W) that a window of the network's grid (h, w) covers, bilinear, and its box."
     factors = np.array(shape) / grid
@@ -122,7 +122,7 @@ def find_nuclei(
             cells.append(cell_from_parts(len(cells) + 1, box, nucleus, np.zeros_like(nucleus), shape, score=score))
     return cells
 
-# %% ../nbs/13_pipeline.ipynb #5cda1425
+# %% ../nbs/13_pipeline.ipynb #6e469311
 def aggregate(
     candidates: list[list[Candidate]],  # per nucleus, scales ascending
     select: str,  # one of SELECTIONS
@@ -139,7 +139,7 @@ def aggregate(
         cells = fuse(candidates, config.cell_threshold) if select == "fuse" else non_maximum_suppression(candidates)
     return [cell for cell in cells if cell.score >= config.min_score]
 
-# %% ../nbs/13_pipeline.ipynb #716ffd22
+# %% ../nbs/13_pipeline.ipynb #8fea1d5c
 @torch.inference_mode()
 def ask(
     network: Callable,  # (N, C, h, w) float to (N, 1, h, w) logits
@@ -160,7 +160,7 @@ def ask(
             raise ValueError("network: its answer holds NaN; its weights are broken, train it again with a smaller step or clip_norm")
     return np.concatenate(answers)
 
-# %% ../nbs/13_pipeline.ipynb #ee542d18
+# %% ../nbs/13_pipeline.ipynb #f42ffda1
 def ask_regions(
     network: Callable,  # of this scale
     image: np.ndarray,  # (H, W, 3) uint8 RGB
@@ -176,7 +176,7 @@ def ask_regions(
     pasted = [(nucleus, *paste_region(answer, box, image.shape[:2])) for nucleus, answer, box in answers]
     return [make_candidate(nucleus, scale, box, probability, threshold) for nucleus, probability, box in pasted]
 
-# %% ../nbs/13_pipeline.ipynb #a44da1fe
+# %% ../nbs/13_pipeline.ipynb #4e0238f2
 def select_step_by_step(
     nuclei: list[Cell],
     ask_scale: Callable[[list[Cell], int], list[Candidate]],  # answers about some nuclei at the n-th scale
@@ -190,7 +190,7 @@ def select_step_by_step(
         waiting = {k: nucleus for k, nucleus in waiting.items() if k not in chosen}
     return [chosen[k] for k in range(len(nuclei))]
 
-# %% ../nbs/13_pipeline.ipynb #a651655c
+# %% ../nbs/13_pipeline.ipynb #1c54ceb9
 def check_picture(
     image: np.ndarray,  # whatever it is
     equalize: bool = False,  # equalise the histogram of each channel
@@ -201,7 +201,7 @@ def check_picture(
         raise ValueError(f"image: {found}; expected a uint8 array (height, width, 3) in RGB, as images.read_picture gives")
     return equalize_histogram(image) if equalize else image
 
-# %% ../nbs/13_pipeline.ipynb #9fe1f89f
+# %% ../nbs/13_pipeline.ipynb #d8b45d5d
 class Segmenter:
     "Pictures in, cells out: the nucleus network, one cytoplasm network per scale, and their numbers."
 
@@ -258,7 +258,7 @@ class Segmenter:
         scale, size = self.config.scales[position], self.config.region_sizes[position]
         return ask_regions(self.cell_networks[scale], image, nuclei, scale, size, self.config.cell_threshold, self.batch_size)
 
-# %% ../nbs/13_pipeline.ipynb #bd2799fa
+# %% ../nbs/13_pipeline.ipynb #947854e5
 def save_bundle(
     segmenter: Segmenter,  # with networks from `models.build_network`
     folder: Path,  # gets bundle.json, nucleus/ and one folder per scale
@@ -278,6 +278,10 @@ def load_bundle(
 ) -> Segmenter:
     "Read a segmenter from its folder."
     folder = Path(folder)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device = {device!r} can't be used here ({str(error).splitlines()[0]}); 'cpu' always works") from error
     try:
         config = BundleConfig(**json.loads((folder / "bundle.json").read_text(encoding="utf-8")))
     except OSError as error:

@@ -100,6 +100,14 @@ def test_items_hold_the_whole_cell_or_nothing():
     assert torch.equal(regions[0][1][0] > 0, torch.from_numpy(resize_part(whole[0] | whole[1], (32, 32))))
 
 
+def test_missed_cells_join_with_their_true_nuclei():
+    nuclei = {"1": [disc(1, 12, 14, 5, 0), disc(2, 10, 50, 4, 0)]}  # cell 2 of picture 1 and the cell of picture 2 are missed
+    regions = CellRegions(samples(), nuclei, 1.75, 32, missed=True)
+    assert [bool(target.any()) for _, target in regions] == [True, False, True, True]
+    true = CellRegions(samples(), None, 1.75, 32)
+    assert all(torch.equal(a, b) for mine, theirs in zip((regions[2], regions[3]), (true[1], true[2])) for a, b in zip(mine, theirs))
+
+
 def test_transform_moves_picture_nucleus_and_target_together():
     plain = CellRegions(samples(), None, 1.75, 32, margin=0.25, transform=lambda *both: both)
     flipped = CellRegions(samples(), None, 1.75, 32, margin=0.25, transform=lambda image, mask: (image.flip(-1), mask.flip(-1)))

@@ -1,0 +1,195 @@
+"""The command line: its words, its files, its exit codes, and pictures that can't be read."""
+
+import inspect
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from segpc_nb import cli, pipeline
+from segpc_nb.cells import cell_from_parts
+from segpc_nb.exports import read_cells_csv, read_results, read_submission, write_masks
+from segpc_nb.images import read_mask, write_image
+from segpc_nb.metrics import evaluate_cells
+from segpc_nb.pipeline import SELECTIONS, BundleConfig, Segmenter
+
+SCALES = (0.5, 1.75)
+STUB = Segmenter(
+    lambda images: 40 * (0.35 - images[:, 1:2]),  # dark is nucleus
+    dict.fromkeys(SCALES, lambda crops: 40 * (0.7 - crops[:, 1:2])),  # coloured is cell
+    BundleConfig((60, 80), SCALES, (32, 32), (0.8,)),
+)
+
+
+@pytest.fixture
+def smears(tmp_path, monkeypatch):
+    "Two drawn pictures with annotation, and a pipeline of arithmetic in place of a bundle."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "load_bundle", lambda folder, device="cpu": STUB)
+    monkeypatch.setattr(cli, "choose_bundle", lambda bundle: bundle)
+    rows, columns = np.mgrid[:60, :80]
+    for id, places in {"7_a": [(20, 20, 15)], "10": [(30, 25, 11), (30, 60, 15)]}.items():
+        picture, cells = np.full((60, 80, 3), (232, 215, 225), np.uint8), []
+        for row, column, radius in places:
+            distance = np.hypot(rows - row, columns - column)
+            picture[distance < radius], picture[distance < 9] = (150, 140, 200), (90, 40, 130)
+            cells.append(cell_from_parts(len(cells) + 1, (0, 0, 60, 80), distance < 9, distance < radius))
+        write_image(tmp_path / "x" / f"{id}.bmp", picture)
+        write_masks(tmp_path / "truth" / "y", id, cells, (60, 80))
+    return tmp_path
+
+
+def run(*words):
+    return cli.main([str(word) for word in words])
+
+
+def test_from_pictures_to_scores_and_submission(smears, capsys):
+    assert run("predict", "x", "--out", "out", "--bundle", "b") == 0
+    assert sorted(path.name for path in (smears / "out/y").iterdir()) == ["10_1.png", "10_2.png", "7_a_1.png"]
+    mask = read_mask(smears / "out/y/10_1.png")
+    assert mask.shape == (60, 80) and set(np.unique(mask)) == {0, 20, 40}
+    table = read_cells_csv(smears / "out/cells.csv")
+    assert sorted(zip(table.picture, table.id)) == [("10", 1), ("10", 2), ("7_a", 1)] and table.score.between(0.5, 1).all()
+    capsys.readouterr()
+    assert run("evaluate", "--truth", "truth", "--pred", "out", "--json") == 0
+    scores = json.loads(capsys.readouterr().out)
+    keys = {"official", "pq", "ap50", "f1", "recall", "precision", "aji", "nucleus_iou", "cytoplasm_iou", "cells", "pictures"}
+    assert keys < scores.keys() and scores["cells"] == 3 and scores["pictures"] == 2
+    assert scores["f1"] == 1 and scores["official"] > 0.9 and len(scores["ci"]["pq"]) == 2
+    (truth, shapes), (found, _) = read_results(smears / "truth"), read_results(smears / "out")
+    assert scores["official"] == evaluate_cells(truth, found, shapes)["official"]
+    assert run("evaluate", "--truth", "truth", "--pred", "out") == 0
+    assert "official" in capsys.readouterr().out
+    assert run("submit", "--pred", "out", "--out", "submission.zip") == 0
+    assert {id: len(cells) for id, cells in read_submission(smears / "submission.zip").items()} == {"7_a": 1, "10": 2}
+
+
+def test_keep_all_numbers_masks_and_names_the_nucleus(smears):
+    assert run("predict", "x", "--out", "out", "--bundle", "b", "--select", "keep-all") == 0
+    table = read_cells_csv(smears / "out/cells.csv").query("picture == '10'")
+    assert table.id.tolist() == list(range(1, len(table) + 1)) and set(table.nucleus) == {1, 2}
+    assert not table.duplicated(["nucleus", "scale"]).any() and sorted(table.query("nucleus == 1").scale) == [0.5, 1.75]
+
+
+def test_bad_pictures_are_named_and_the_others_done(smears, capsys):
+    (smears / "x/empty.png").write_bytes(b"")
+    (smears / "x/torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
+    write_image(smears / "x/deep.png", np.zeros((60, 80), np.uint16))
+    assert run("predict", "x", "--out", "out", "--bundle", "b") == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3 and all(line.startswith("segpc: failed: ") for line in errors)
+    assert all(any(name in line for line in errors) for name in ("empty.png", "torn.jpg", "deep.png"))
+    assert set(read_cells_csv(smears / "out/cells.csv").picture) == {"7_a", "10"}
+
+
+def test_predicting_again_replaces_and_keeps(smears):
+    run("predict", "x", "--out", "out", "--bundle", "b", "--select", "keep-all")
+    before = read_cells_csv(smears / "out/cells.csv")
+    assert run("predict", "x/10.bmp", "--out", "out", "--bundle", "b") == 0
+    after = read_cells_csv(smears / "out/cells.csv")
+    assert (after.picture == "7_a").sum() == (before.picture == "7_a").sum()
+    assert (after.picture == "10").sum() == len(list((smears / "out/y").glob("10_*"))) == 2
+    read_results(smears / "out")  # every mask has its row
+
+
+def test_a_stopped_run_leaves_whole_results(smears, monkeypatch):
+    class Stopping:
+        def segment(self, image, select):
+            if (smears / "out/y").exists():
+                raise KeyboardInterrupt
+            return STUB.segment(image, select)
+
+    monkeypatch.setattr(pipeline, "load_bundle", lambda folder, device="cpu": Stopping())
+    with pytest.raises(KeyboardInterrupt):
+        run("predict", "x", "--out", "out", "--bundle", "b")
+    cells, _ = read_results(smears / "out")
+    assert list(cells) == ["7_a"]
+
+
+def test_a_picture_without_cells_has_no_rows_and_can_be_scored(smears, capsys):
+    write_image(smears / "blank/10.png", np.full((60, 80, 3), 230, np.uint8))
+    assert run("predict", "blank", "--out", "out", "--bundle", "b") == 0
+    assert len(read_cells_csv(smears / "out/cells.csv")) == 0
+    (smears / "out/y").mkdir(exist_ok=True)
+    capsys.readouterr()
+    assert run("evaluate", "--truth", "truth", "--pred", "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["official"] == 0
+
+
+def test_an_annotation_is_never_overwritten(smears, capsys):
+    before = {path: path.read_bytes() for path in (smears / "truth").rglob("*.*")}
+    assert run("predict", "x", "--out", "truth", "--bundle", "b") == 2
+    assert "choose another --out" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (smears / "truth").rglob("*.*")}
+
+
+def test_options_from_a_file(smears):
+    (smears / "options.yaml").write_text("pictures: [x]\nout: out\nbundle: b\nselect: keep-all\n", encoding="utf-8")
+    words = ["predict", "--config", "options.yaml", "x"]
+    assert run(*words) == 0
+    assert len(read_cells_csv(smears / "out/cells.csv")) == 4
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "command"),
+        (["predcit", "x"], "predcit"),
+        (["predict", "x"], "out"),
+        (["predict", "--out", "out"], "PICTURE_OR_FOLDER|pictures"),
+        (["predict", "x", "--out", "out", "--bundle", "b", "--select", "best"], "keep-all"),
+        (["predict", "x", "--out", "out", "--bundle", "b", "--colour", "red"], "colour"),
+        (["predict", "nothing", "--out", "out", "--bundle", "b"], "nothing: no such file or folder"),
+        (["predict", "x", "twin", "--out", "out", "--bundle", "b"], "have the same name"),
+        (["evaluate", "--truth", "truth", "--pred", "x"], "no folder y"),
+        (["evaluate", "--truth", "truth", "--pred", "foreign"], "no picture in common"),
+        (["evaluate", "--truth", "truth", "--pred", "small"], "picture 10 has"),
+        (["submit", "--pred", "truth", "--out", "submission.doc"], "allowed are .zip"),
+        (["submit", "--pred", "nobody", "--out", "s.zip"], "holds no mask"),
+        (["synth", "data", "--pictures", "0"], "allowed are 1 and more"),
+        (["synth", "data", "--pictures", "many"], "many"),
+    ],
+)
+def test_wrong_words_end_with_2_and_one_line(smears, capsys, words, message):
+    import re
+
+    write_image(smears / "twin/10.png", np.zeros((60, 80, 3), np.uint8))
+    cell = cell_from_parts(1, (0, 0, 4, 4), np.eye(4, dtype=bool), np.ones((4, 4), bool))
+    write_masks(smears / "foreign/y", "99", [cell], (60, 80))
+    write_masks(smears / "small/y", "10", [cell], (30, 40))
+    (smears / "nobody/y").mkdir(parents=True)
+    capsys.readouterr()
+    assert run(*words) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and len(output.err.splitlines()) == 1 and output.err.startswith("segpc: error: ")
+    assert re.search(message, output.err), output.err
+    assert not (smears / "out").exists()
+
+
+def test_no_bundle_says_how_to_make_one(tmp_path):
+    with pytest.raises(ValueError, match="make reproduce"):
+        cli.choose_bundle(None, tmp_path)
+    (tmp_path / "bundle.json").write_text("{}")
+    assert cli.choose_bundle(None, tmp_path) == tmp_path
+    with pytest.raises(ValueError, match="holds no bundle"):
+        pipeline.load_bundle(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="'cpu' always works"):
+        pipeline.load_bundle(tmp_path, "abacus")
+
+
+def test_words_are_those_of_the_pipeline():
+    assert cli.SELECT == SELECTIONS
+    assert list(inspect.signature(cli.predict).parameters) == ["pictures", "out", "bundle", "select", "device"]
+
+
+def test_help_and_typos_do_not_load_torch():
+    code = "import sys; from segpc_nb.cli import main; assert main(['predcit']) == 2; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_synth_makes_the_official_layout(tmp_path, capsys):
+    assert run("synth", tmp_path / "data", "--pictures", 1, "--seed", 3) == 0
+    assert len(list((tmp_path / "data/train/x").iterdir())) == 1 and any((tmp_path / "data/train/y").iterdir())
+    assert run("evaluate", "--truth", tmp_path / "data/train", "--pred", tmp_path / "data/train") == 0
