@@ -7,7 +7,7 @@ __all__ = ['OFFICIAL_SHAPE', 'IOU_THRESHOLDS', 'RATIOS', 'official_ious', 'offic
            'class_ious', 'panoptic_quality', 'aggregated_jaccard', 'detection_hits', 'average_precision',
            'PictureScores', 'score_picture', 'evaluate_cells', 'score_table']
 
-# %% ../nbs/02_metrics.ipynb #b0edd9cf
+# %% ../nbs/02_metrics.ipynb #c12f70ce
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 
 from .cells import Cell, intersections, iou_table, resize_cell
 
-# %% ../nbs/02_metrics.ipynb #440838ad
+# %% ../nbs/02_metrics.ipynb #c33f001d
 OFFICIAL_SHAPE = (1080, 1440)  # grid on which the challenge compares masks, (H, W) px
 
 
@@ -50,7 +50,7 @@ def official_score(
         raise ValueError("truth holds no cell, so there is nothing to score; is it the folder with the masks?")
     return float(best.mean())
 
-# %% ../nbs/02_metrics.ipynb #06931213
+# %% ../nbs/02_metrics.ipynb #7b6d70dd
 @dataclass(frozen=True)
 class Matches:
     "Annotated and predicted cells paired one to one."
@@ -72,7 +72,7 @@ def match_cells(
     taken = allowed[rows, columns]
     return Matches(np.stack([rows, columns], 1)[taken], ious[rows, columns][taken])
 
-# %% ../nbs/02_metrics.ipynb #fb490c90
+# %% ../nbs/02_metrics.ipynb #dbb6c986
 def class_ious(
     truth: list[Cell],  # of one picture
     pred: list[Cell],  # of the same picture
@@ -86,7 +86,7 @@ def class_ious(
                 ious[row, column] = iou_table([truth[i]], [pred[j]], part)[0, 0]
     return ious
 
-# %% ../nbs/02_metrics.ipynb #5ac468b6
+# %% ../nbs/02_metrics.ipynb #9f78ef5c
 def panoptic_quality(
     truth: dict[str, list[Cell]],  # cells of every picture
     pred: dict[str, list[Cell]],  # a missing picture counts as one without cells
@@ -98,12 +98,18 @@ def panoptic_quality(
     cells = sum(len(truth.get(id, [])) + len(pred.get(id, [])) for id in ids)
     return float(2 * total / max(cells, 1))
 
-# %% ../nbs/02_metrics.ipynb #a1077665
+# %% ../nbs/02_metrics.ipynb #80853743
+def _ordered(cells: list[Cell]) -> list[Cell]:
+    "Cells in an order that depends on nothing but themselves."
+    return sorted(cells, key=lambda cell: (cell.bbox, cell.score, cell.nucleus.tobytes(), cell.cytoplasm.tobytes()))
+
+
 def aggregated_jaccard(
     truth: list[Cell],  # of one picture
     pred: list[Cell],  # of the same picture
 ) -> float:  # 0..1; nan if there is no cell at all
     "Summed intersections by summed unions of best partners, unused predictions included (Kumar et al. 2017)."
+    pred = _ordered(pred)
     shared = intersections(truth, pred)
     areas, extra = (np.array([cell.area for cell in cells], np.int64) for cells in (truth, pred))
     common, joint, unused = 0, areas.sum(), np.ones(len(pred), bool)
@@ -115,7 +121,7 @@ def aggregated_jaccard(
     joint += extra[unused].sum()
     return float(common / joint) if joint else float("nan")
 
-# %% ../nbs/02_metrics.ipynb #9a2be9d7
+# %% ../nbs/02_metrics.ipynb #2e87d82f
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of COCO's AP
 
 
@@ -144,16 +150,11 @@ def average_precision(
 ) -> float:  # 0..1
     "COCO's average precision, the mean over the IoU thresholds."
     ids = sorted(set(truth) | set(pred))
-    hits = [detection_hits(truth.get(id, []), _ordered(pred.get(id, [])), thresholds) for id in ids]
+    hits = [detection_hits(_ordered(truth.get(id, [])), _ordered(pred.get(id, [])), thresholds) for id in ids]
     scores = np.array([cell.score for id in ids for cell in _ordered(pred.get(id, []))], float)
     order = np.argsort(-scores, kind="stable")
     cells = sum(map(len, truth.values()))
     return float(_precision_areas(np.concatenate(hits, 1)[:, order], scores[order], np.ones(len(order), int), cells).mean())
-
-
-def _ordered(cells: list[Cell]) -> list[Cell]:
-    "Cells in an order that depends on nothing but themselves."
-    return sorted(cells, key=lambda cell: (cell.bbox, cell.score, cell.nucleus.tobytes(), cell.cytoplasm.tobytes()))
 
 
 def _precision_areas(hits: np.ndarray, scores: np.ndarray, weights: np.ndarray, cells: int) -> np.ndarray:
@@ -168,7 +169,7 @@ def _precision_areas(hits: np.ndarray, scores: np.ndarray, weights: np.ndarray, 
             areas[t] = precision[t, np.searchsorted(recall, np.linspace(0, 1, 101))].mean()
     return areas
 
-# %% ../nbs/02_metrics.ipynb #a2762ce3
+# %% ../nbs/02_metrics.ipynb #be23265d
 RATIOS = ("official", "pq", "f1", "recall", "precision", "aji", "nucleus_iou", "cytoplasm_iou")
 
 
@@ -206,7 +207,7 @@ def score_picture(
     table = np.array([ratios[name] for name in RATIOS], float)
     return PictureScores(table, n, np.array([cell.score for cell in pred], float), detection_hits(truth, pred))
 
-# %% ../nbs/02_metrics.ipynb #7b897129
+# %% ../nbs/02_metrics.ipynb #d4ea21aa
 def _summarize(pictures: list[PictureScores], draws: np.ndarray) -> dict[str, np.ndarray]:
     "Scores of the set for each row of `draws` (n, pictures), which says how often every picture counts."
     ratios = np.tensordot(draws, np.stack([picture.ratios for picture in pictures]), 1)  # (n, scores, 2)
@@ -254,7 +255,7 @@ def evaluate_cells(
         result["ci"] = {name: np.percentile(drawn[name], [2.5, 97.5]).tolist() for name in names}
     return result
 
-# %% ../nbs/02_metrics.ipynb #e7a2d238
+# %% ../nbs/02_metrics.ipynb #4c088ecb
 def score_table(
     results: dict[str, dict],  # method -> what `evaluate_cells` returned
     intervals: bool = True,  # write the intervals behind the scores

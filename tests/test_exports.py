@@ -164,6 +164,7 @@ def test_faulty_tables_are_named(tmp_path, text):
 def test_results_on_disk_score_as_in_memory(seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     cells, shapes = random_set(seed)
+    cells = {id: [cell_from_parts(c.id, c.bbox, c.nucleus, c.cytoplasm, None, c.scale, c.score) for c in members] for id, members in cells.items()}
     truth = {id: members[1:] + random_cells(np.random.default_rng(seed), 1, (30, 44)) for id, members in cells.items()}
     for id, members in cells.items():
         write_masks(folder / "y", id, members, shapes[id])
