@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from segpc_nb.cells import CYTOPLASM, NUCLEUS, Cell, cell_from_parts, mask_from_cell, resize_cell, same_cell
@@ -287,6 +287,7 @@ def test_other_writers_habits_are_read(tmp_path):
 
 @fast
 @given(seed=seeds)
+@example(seed=3001051716)  # an unknown method of compression
 def test_damaged_submissions_raise_value_errors_only(seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("damaged")
     rng = np.random.default_rng(seed)
