@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'NUCLEUS_COLOUR', 'CAMERAS', 'wobbly_disc', 'noise', 'draw_kind', 'paint', 'draw_background', 'place_cells',
            'make_picture', 'make_dataset', 'default_data', 'otsu_watershed']
 
-# %% ../nbs/06_synthetic.ipynb #3c495414
+# %% ../nbs/06_synthetic.ipynb #e067c0de
 import json
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ from .cells import Cell, cell_from_parts, mask_from_cell
 from .dataset import find_dataset
 from .images import write_bytes, write_image
 
-# %% ../nbs/06_synthetic.ipynb #499fea7a
+# %% ../nbs/06_synthetic.ipynb #3eff061b
 def wobbly_disc(
     rng: np.random.Generator,
     radius: float,  # mean, px
@@ -51,7 +51,7 @@ def noise(
     small = rng.normal(size=[max(2, int(np.ceil(side / grain)) + 1) for side in shape]).astype(np.float32)
     return 1.4 * cv2.resize(small, shape[::-1], interpolation=cv2.INTER_CUBIC)
 
-# %% ../nbs/06_synthetic.ipynb #50690dd1
+# %% ../nbs/06_synthetic.ipynb #d2f68a1f
 KINDS = ("plasma", "lymphocyte", "erythroblast", "granulocyte", "blast")
 NUCLEUS_COLOUR = np.array([82, 40, 138], np.float32)  # RGB of a well stained nucleus
 
@@ -111,7 +111,7 @@ def _granulocyte(rng, kind, unit, size):
     cytoplasm = np.array([205, 170, 200]) + rng.normal(0, 8) - np.array([60, 70, 40]) * granules[..., None] * rng.uniform(0.2, 1)
     return nucleus, whole, cytoplasm.astype(np.float32), rng.uniform(0.9, 1.1)
 
-# %% ../nbs/06_synthetic.ipynb #ce32a7f7
+# %% ../nbs/06_synthetic.ipynb #e85c0252
 def paint(
     canvas: np.ndarray,  # (H, W, 3) float32 RGB, changed
     centre: tuple[float, float],  # row, column; px
@@ -150,7 +150,7 @@ def draw_background(
         paint(canvas, rng.uniform(0, 1, 2) * shape, wobbly_disc(rng, rng.uniform(1.5, 4) * unit, 1.2, 0.1), NUCLEUS_COLOUR + rng.normal(40, 15))
     return canvas
 
-# %% ../nbs/06_synthetic.ipynb #c999540b
+# %% ../nbs/06_synthetic.ipynb #eb887ab9
 CAMERAS = {"olympus": (384, 512), "nikon": (480, 640)}  # (H, W): the real 1536 x 2048 and 1920 x 2560, reduced by four
 
 
@@ -188,12 +188,12 @@ def make_picture(
         inside = nucleus[max(0, -box[0]) : max(0, shape[0] - box[0]), max(0, -box[1]) : max(0, shape[1] - box[1])]
         if kind == "plasma" and inside.sum() > 0.4 * nucleus.sum():
             cells.append(cell_from_parts(len(cells) + 1, box, nucleus > 0.5, whole > 0.5, shape))
-    contrast, tint = rng.uniform(0.75, 1.1), rng.normal(1, 0.04, 3)
+    contrast, tint = rng.uniform(0.75, 1.1), rng.normal(1, 0.025, 3)
     canvas = (canvas * contrast + 255 * (1 - contrast) * rng.uniform(0.75, 1)) * tint
     canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.6, 1.2)) + rng.normal(0, rng.uniform(1.5, 4), canvas.shape)
     return canvas.clip(0, 255).astype(np.uint8), cells
 
-# %% ../nbs/06_synthetic.ipynb #159a9b67
+# %% ../nbs/06_synthetic.ipynb #ce146ce2
 def make_dataset(
     out: Path,  # gets train/x and train/y
     pictures: int = 40,  # how many
@@ -235,7 +235,7 @@ def default_data(
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segpc_nb"
     return make_dataset(cache / f"synthetic-{pictures}-{seed}", pictures, seed)
 
-# %% ../nbs/06_synthetic.ipynb #74a78b59
+# %% ../nbs/06_synthetic.ipynb #d39f3d2d
 def otsu_watershed(
     image: np.ndarray,  # (H, W, 3) uint8 RGB
 ) -> list[Cell]:  # every nucleated cell it finds
