@@ -9,7 +9,7 @@ __all__ = ['LOSSES', 'SCHEDULES', 'STAIN', 'WARM_UP', 'PLATEAU_EPOCHS', 'PLATEAU
            'resume', 'epochs_since_best', 'write_state', 'moving_average', 'restore', 'fit', 'write_manifest', 'Preset',
            'small_preset', 'paper_preset']
 
-# %% ../nbs/11_training.ipynb #7a451729
+# %% ../nbs/11_training.ipynb #8f555eb3
 import hashlib
 import json
 import math
@@ -36,7 +36,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-# %% ../nbs/11_training.ipynb #301647e5
+# %% ../nbs/11_training.ipynb #4f31a7d2
 LOSSES = ("cross-entropy", "cross-entropy+dice")
 SCHEDULES = ("constant", "cosine", "plateau")
 
@@ -82,7 +82,7 @@ class TrainConfig:
             raise ValueError("; ".join(wrong))
         return self
 
-# %% ../nbs/11_training.ipynb #b3be7db9
+# %% ../nbs/11_training.ipynb #9641f2f7
 def dice_loss(
     logits: torch.Tensor,  # (N, C, H, W) float logits
     target: torch.Tensor,  # (N, C, H, W) float, 0 or 1
@@ -110,7 +110,7 @@ def segmentation_loss(
 
     return loss
 
-# %% ../nbs/11_training.ipynb #0d842b93
+# %% ../nbs/11_training.ipynb #2d207dae
 STAIN = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.04)
 
 
@@ -135,7 +135,7 @@ def region_augmentation(
     affine = v2.RandomAffine(degrees=180, scale=(1 / zoom, zoom), shear=8, interpolation=v2.InterpolationMode.BILINEAR)
     return v2.Compose([v2.RandomHorizontalFlip(), affine, STAIN])
 
-# %% ../nbs/11_training.ipynb #2cc183a2
+# %% ../nbs/11_training.ipynb #4e5838dd
 def seed_everything(
     seed: int,  # any integer
 ) -> None:
@@ -144,7 +144,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/11_training.ipynb #9d8170ae
+# %% ../nbs/11_training.ipynb #79663a22
 def save_checkpoint(
     path: Path,  # where it shall stand
     state: dict,  # tensors, numbers, strings and containers of them
@@ -167,7 +167,7 @@ def load_checkpoint(
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of a training run ({str(error).splitlines()[0]}); delete it to train from the start") from error
 
-# %% ../nbs/11_training.ipynb #0e237fcf
+# %% ../nbs/11_training.ipynb #48ea8d70
 @torch.inference_mode()
 def validate(
     network: torch.nn.Module,  # gives logits
@@ -191,7 +191,7 @@ def validate(
         joint += ((predicted > 0) | (true > 0)).sum().item()
     return {"valid_loss": total / max(samples, 1), "valid_iou": shared / max(joint, 1)}
 
-# %% ../nbs/11_training.ipynb #ee335e10
+# %% ../nbs/11_training.ipynb #a3943f4d
 WARM_UP = 0.05  # share of the run in which the step size rises
 PLATEAU_EPOCHS, PLATEAU_FACTOR = 7, 0.1  # the parent network's ReduceLROnPlateau
 
@@ -213,7 +213,7 @@ def learning_rate(
             rate, waited = rate * PLATEAU_FACTOR, 0
     return rate
 
-# %% ../nbs/11_training.ipynb #d5e0f7b4
+# %% ../nbs/11_training.ipynb #88fb5732
 def train_epoch(
     network: torch.nn.Module,  # gives logits
     loader: Iterable,  # batches of (input, target)
@@ -244,7 +244,7 @@ def train_epoch(
         samples += len(images)
     return total / max(samples, 1)
 
-# %% ../nbs/11_training.ipynb #edfcce19
+# %% ../nbs/11_training.ipynb #57ef14ad
 def resume(
     folder: Path,  # of the run
     config: TrainConfig,  # of the run that wants to continue
@@ -261,7 +261,7 @@ def resume(
         raise ValueError(f"{folder} holds a run of another configuration ({found}); choose another folder or delete it")
     return state
 
-# %% ../nbs/11_training.ipynb #e1031904
+# %% ../nbs/11_training.ipynb #102e933a
 def epochs_since_best(
     history: list[dict],  # the epochs so far
 ) -> int:  # 0 when the last epoch is the best one, or nothing is validated
@@ -288,7 +288,7 @@ def write_state(
     state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "config": text}
     save_checkpoint(folder / "latest.pt", state | ({"average": average.state_dict()} if average else {}))
 
-# %% ../nbs/11_training.ipynb #2da0de17
+# %% ../nbs/11_training.ipynb #d0b8cedf
 def moving_average(
     network: torch.nn.Module,  # to be averaged
     decay: float,  # weight of the past per step; 0 gives None
@@ -306,7 +306,7 @@ def restore(
         if part is not None and name in state:
             part.load_state_dict(state[name])
 
-# %% ../nbs/11_training.ipynb #36a7c99b
+# %% ../nbs/11_training.ipynb #36454ba3
 def fit(
     network: torch.nn.Module,  # gives logits; its weights are changed
     train_set: Dataset,  # (input, target) samples, random changes included
@@ -346,7 +346,7 @@ def fit(
     bare.load_state_dict(load_checkpoint(folder / "best.pt")["network"])
     return pd.DataFrame(history)
 
-# %% ../nbs/11_training.ipynb #43efd448
+# %% ../nbs/11_training.ipynb #ce27095c
 def write_manifest(
     path: Path,  # manifest.json of the run's folder
     files: Iterable[Path],  # the data that was read; their names and sizes make the data's hash
@@ -365,7 +365,7 @@ def write_manifest(
     path.write_text(json.dumps(manifest, indent=2, default=str), encoding="utf-8")
     return manifest
 
-# %% ../nbs/11_training.ipynb #caf8d7a8
+# %% ../nbs/11_training.ipynb #08c84dd9
 PAPER_SCALES = (0.5, 1.75, 2.6, 3.0)
 
 
@@ -402,7 +402,7 @@ def small_preset(
 def paper_preset() -> Preset:
     "The paper's setting (sections 3.4 and 4, crop sizes and batch from the authors' code)."
     nucleus = TrainConfig(network={"name": "unet"}, size=(800, 800), batch_size=2, lr=1e-4)
-    deeplab = {"name": "attention-deeplabv3plus", "encoder_name": "tu-xception65", "paper_head": True}
+    deeplab = {"name": "attention-deeplabv3plus", "encoder_name": "xception65", "paper_head": True}
     cytoplasm = {scale: TrainConfig(network=deeplab, size=(256, 256) if scale < 1.25 else (384, 384), batch_size=7, lr=1e-5) for scale in PAPER_SCALES}
     return Preset(nucleus, cytoplasm, nuclei="out-of-fold", folds=3, pictures=60, yardstick=False)
 
