@@ -6,10 +6,10 @@
 __all__ = ['LOSSES', 'SCHEDULES', 'STAIN', 'WARM_UP', 'PLATEAU_EPOCHS', 'PLATEAU_FACTOR', 'PAPER_SCALES', 'PRESETS',
            'TrainConfig', 'dice_loss', 'segmentation_loss', 'picture_augmentation', 'region_augmentation',
            'seed_everything', 'save_checkpoint', 'load_checkpoint', 'validate', 'learning_rate', 'train_epoch',
-           'resume', 'epochs_since_best', 'write_state', 'moving_average', 'restore', 'fit', 'write_manifest', 'Preset',
-           'small_preset', 'paper_preset']
+           'resume', 'epochs_since_best', 'write_state', 'channels_last', 'moving_average', 'restore', 'fit',
+           'write_manifest', 'Preset', 'small_preset', 'paper_preset']
 
-# %% ../nbs/11_training.ipynb #8f555eb3
+# %% ../nbs/11_training.ipynb #207c7e49
 import hashlib
 import json
 import math
@@ -36,7 +36,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-# %% ../nbs/11_training.ipynb #4f31a7d2
+# %% ../nbs/11_training.ipynb #e89b9f19
 LOSSES = ("cross-entropy", "cross-entropy+dice")
 SCHEDULES = ("constant", "cosine", "plateau")
 
@@ -82,7 +82,7 @@ class TrainConfig:
             raise ValueError("; ".join(wrong))
         return self
 
-# %% ../nbs/11_training.ipynb #9641f2f7
+# %% ../nbs/11_training.ipynb #37767704
 def dice_loss(
     logits: torch.Tensor,  # (N, C, H, W) float logits
     target: torch.Tensor,  # (N, C, H, W) float, 0 or 1
@@ -110,7 +110,7 @@ def segmentation_loss(
 
     return loss
 
-# %% ../nbs/11_training.ipynb #2d207dae
+# %% ../nbs/11_training.ipynb #d62b45ee
 STAIN = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.04)
 
 
@@ -135,7 +135,7 @@ def region_augmentation(
     affine = v2.RandomAffine(degrees=180, scale=(1 / zoom, zoom), shear=8, interpolation=v2.InterpolationMode.BILINEAR)
     return v2.Compose([v2.RandomHorizontalFlip(), affine, STAIN])
 
-# %% ../nbs/11_training.ipynb #4e5838dd
+# %% ../nbs/11_training.ipynb #3f8f588f
 def seed_everything(
     seed: int,  # any integer
 ) -> None:
@@ -144,7 +144,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/11_training.ipynb #79663a22
+# %% ../nbs/11_training.ipynb #a92cb340
 def save_checkpoint(
     path: Path,  # where it shall stand
     state: dict,  # tensors, numbers, strings and containers of them
@@ -167,7 +167,7 @@ def load_checkpoint(
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of a training run ({str(error).splitlines()[0]}); delete it to train from the start") from error
 
-# %% ../nbs/11_training.ipynb #48ea8d70
+# %% ../nbs/11_training.ipynb #39957bdf
 @torch.inference_mode()
 def validate(
     network: torch.nn.Module,  # gives logits
@@ -191,7 +191,7 @@ def validate(
         joint += ((predicted > 0) | (true > 0)).sum().item()
     return {"valid_loss": total / max(samples, 1), "valid_iou": shared / max(joint, 1)}
 
-# %% ../nbs/11_training.ipynb #a3943f4d
+# %% ../nbs/11_training.ipynb #4442ba79
 WARM_UP = 0.05  # share of the run in which the step size rises
 PLATEAU_EPOCHS, PLATEAU_FACTOR = 7, 0.1  # the parent network's ReduceLROnPlateau
 
@@ -213,7 +213,7 @@ def learning_rate(
             rate, waited = rate * PLATEAU_FACTOR, 0
     return rate
 
-# %% ../nbs/11_training.ipynb #88fb5732
+# %% ../nbs/11_training.ipynb #f84d3b34
 def train_epoch(
     network: torch.nn.Module,  # gives logits
     loader: Iterable,  # batches of (input, target)
@@ -244,7 +244,7 @@ def train_epoch(
         samples += len(images)
     return total / max(samples, 1)
 
-# %% ../nbs/11_training.ipynb #57ef14ad
+# %% ../nbs/11_training.ipynb #6a52f674
 def resume(
     folder: Path,  # of the run
     config: TrainConfig,  # of the run that wants to continue
@@ -261,7 +261,7 @@ def resume(
         raise ValueError(f"{folder} holds a run of another configuration ({found}); choose another folder or delete it")
     return state
 
-# %% ../nbs/11_training.ipynb #102e933a
+# %% ../nbs/11_training.ipynb #e7c83e75
 def epochs_since_best(
     history: list[dict],  # the epochs so far
 ) -> int:  # 0 when the last epoch is the best one, or nothing is validated
@@ -288,7 +288,17 @@ def write_state(
     state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "config": text}
     save_checkpoint(folder / "latest.pt", state | ({"average": average.state_dict()} if average else {}))
 
-# %% ../nbs/11_training.ipynb #d0b8cedf
+# %% ../nbs/11_training.ipynb #c6cbfa16
+def channels_last(
+    network: torch.nn.Module,  # changed in place
+) -> torch.nn.Module:  # the same
+    "Store 2-D kernels with channels last, which CPU and GPU convolve fastest; 3-D kernels stay as they are."
+    for parameter in network.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return network
+
+# %% ../nbs/11_training.ipynb #5d8d9e1b
 def moving_average(
     network: torch.nn.Module,  # to be averaged
     decay: float,  # weight of the past per step; 0 gives None
@@ -306,7 +316,7 @@ def restore(
         if part is not None and name in state:
             part.load_state_dict(state[name])
 
-# %% ../nbs/11_training.ipynb #36454ba3
+# %% ../nbs/11_training.ipynb #9d65e941
 def fit(
     network: torch.nn.Module,  # gives logits; its weights are changed
     train_set: Dataset,  # (input, target) samples, random changes included
@@ -320,7 +330,7 @@ def fit(
     state = resume(folder, config) or {"history": []}
     history, loss = state["history"], segmentation_loss(config.loss)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    network.to(accelerator.device, memory_format=torch.channels_last)
+    channels_last(network.to(accelerator.device))
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     average = moving_average(network, config.ema_decay)
     restore(state, network=network, optimizer=optimizer, average=average)
@@ -346,7 +356,7 @@ def fit(
     bare.load_state_dict(load_checkpoint(folder / "best.pt")["network"])
     return pd.DataFrame(history)
 
-# %% ../nbs/11_training.ipynb #ce27095c
+# %% ../nbs/11_training.ipynb #dca28d67
 def write_manifest(
     path: Path,  # manifest.json of the run's folder
     files: Iterable[Path],  # the data that was read; their names and sizes make the data's hash
@@ -365,7 +375,7 @@ def write_manifest(
     path.write_text(json.dumps(manifest, indent=2, default=str), encoding="utf-8")
     return manifest
 
-# %% ../nbs/11_training.ipynb #08c84dd9
+# %% ../nbs/11_training.ipynb #d809f5bb
 PAPER_SCALES = (0.5, 1.75, 2.6, 3.0)
 
 
@@ -387,15 +397,17 @@ def small_preset(
     region: int,  # side of the regions, px
     epochs: tuple[int, int],  # of stage one and stage two
     lr: float,  # of both
+    batch_size: int,  # pictures per step of stage one; stage two takes twice as many regions
+    ema_decay: float,  # of both; the shorter the run, the smaller
     **rest,  # fields of Preset
 ) -> Preset:
     "A preset of small networks with one encoder for both stages."
     encoder = {"encoder_name": "tu-tf_efficientnet_lite0", "encoder_weights": "lite0-package"}
     unet = {"name": "smp-unet", "decoder_channels": (64, 48, 32, 24, 16), **encoder}
     deeplab = {"name": "attention-deeplabv3plus", "decoder_channels": 32, "atrous_rates": (1, 2, 3), **encoder}
-    common = dict(lr=lr, loss="cross-entropy+dice", schedule="cosine", weight_decay=1e-3, clip_norm=1.0, ema_decay=0.98)
-    nucleus = TrainConfig(network=unet, size=size, crop=crop, epochs=epochs[0], batch_size=8, **common)
-    cytoplasm = TrainConfig(network=deeplab, size=(region, region), epochs=epochs[1], batch_size=16, **common)
+    common = dict(lr=lr, loss="cross-entropy+dice", schedule="cosine", weight_decay=1e-3, clip_norm=1.0, ema_decay=ema_decay)
+    nucleus = TrainConfig(network=unet, size=size, crop=crop, epochs=epochs[0], batch_size=batch_size, **common)
+    cytoplasm = TrainConfig(network=deeplab, size=(region, region), epochs=epochs[1], batch_size=2 * batch_size, **common)
     return Preset(nucleus, dict.fromkeys(PAPER_SCALES, cytoplasm), **rest)
 
 
@@ -408,7 +420,7 @@ def paper_preset() -> Preset:
 
 
 PRESETS = {
-    "smoke": small_preset((192, 256), (160, 160), 64, (8, 4), 3e-3, nuclei="jittered", folds=0, pictures=48, yardstick=False),
-    "light": small_preset((384, 512), (288, 288), 96, (13, 6), 2e-3, nuclei="out-of-fold", folds=2, pictures=300, yardstick=True),
+    "smoke": small_preset((192, 256), (160, 160), 64, (14, 4), 3e-3, 4, 0.9, nuclei="jittered", folds=0, pictures=48, yardstick=False),
+    "light": small_preset((384, 512), (288, 288), 96, (13, 6), 2e-3, 8, 0.98, nuclei="out-of-fold", folds=2, pictures=300, yardstick=True),
     "paper": paper_preset(),
 }
