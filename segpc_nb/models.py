@@ -7,7 +7,7 @@ __all__ = ['NETWORKS', 'FORMAT_VERSION', 'init_like_keras', 'check_input', 'chec
            'separable', 'pointwise', 'AtrousPyramid', 'Refine', 'ChannelAttention', 'BranchAttention',
            'AttentionDecoder', 'AttentionDeepLabV3Plus', 'build_network', 'save_network', 'load_network']
 
-# %% ../nbs/09_models.ipynb #eb4e5571
+# %% ../nbs/09_models.ipynb #dd251a61
 import json
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from .encoders import load_lite0, stride_16_encoder
 
-# %% ../nbs/09_models.ipynb #5c55dab4
+# %% ../nbs/09_models.ipynb #c9d1c336
 def init_like_keras(
     network: nn.Module,
 ) -> None:
@@ -50,7 +50,7 @@ def check_activation(activation: str | None) -> None:
     if activation not in (None, "sigmoid"):
         raise ValueError(f"activation = {activation!r}, allowed: None for logits, 'sigmoid' for probabilities")
 
-# %% ../nbs/09_models.ipynb #bd2f60b7
+# %% ../nbs/09_models.ipynb #689e4928
 def _conv_relu(in_channels: int, out_channels: int, kernel_size: int = 3) -> nn.Sequential:
     "A convolution that keeps the size, and ReLU; an even kernel is padded below and right, as TensorFlow does."
     padding = [nn.ZeroPad2d((0, 1, 0, 1))] if kernel_size == 2 else []
@@ -105,7 +105,7 @@ def count_parameters(
     "Number of trainable parameters."
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
-# %% ../nbs/09_models.ipynb #cc71df38
+# %% ../nbs/09_models.ipynb #cecb4447
 def separable(
     in_channels: int,
     out_channels: int,
@@ -145,12 +145,12 @@ class AtrousPyramid(nn.Module):
     def forward(
         self,
         features: torch.Tensor,  # (N, C, h, w)
-    ) -> list[torch.Tensor]:  # five of (N, channels, h, w): pooled, plain, three rates
+    ) -> list[torch.Tensor]:  # five of (N, channels, h, w): plain, three rates, pooled
         "Look five times."
         average = self.pooled(features.mean((2, 3), keepdim=True)).expand(-1, -1, *features.shape[-2:])
-        return [average, self.plain(features), *(branch(features) for branch in self.atrous)]
+        return [self.plain(features), *(branch(features) for branch in self.atrous), average]
 
-# %% ../nbs/09_models.ipynb #32c1679c
+# %% ../nbs/09_models.ipynb #95e96f64
 class Refine(nn.Module):
     "Four convolutions on a branch, with its input joined in again half-way."
 
@@ -200,7 +200,7 @@ class BranchAttention(nn.Module):
         "Mix the branches."
         return F.relu(self.mix(torch.stack(branches, 2)).squeeze(2))  # (N,C,5,h,w) -> (N,C,h,w)
 
-# %% ../nbs/09_models.ipynb #b6927e27
+# %% ../nbs/09_models.ipynb #50ac364e
 class AttentionDecoder(nn.Module):
     "From the encoder's maps to a map at a quarter of the input's size (paper section 3.2)."
 
@@ -232,7 +232,7 @@ class AttentionDecoder(nn.Module):
         mixed = F.interpolate(mixed, size=low_level.shape[-2:], mode="bilinear", align_corners=True)
         return self.last(self.merge(torch.cat([mixed, low_level], 1)))
 
-# %% ../nbs/09_models.ipynb #5e0aafa7
+# %% ../nbs/09_models.ipynb #da329f2d
 class AttentionDeepLabV3Plus(SegmentationModel):
     "Attention DeepLabv3+ on any smp encoder that runs at output stride 16: a map of the input's size."
 
@@ -274,7 +274,7 @@ class AttentionDeepLabV3Plus(SegmentationModel):
             return large if self.activation else torch.logit(large.double(), eps=1e-12).to(large.dtype)
         return large.sigmoid() if self.activation else large
 
-# %% ../nbs/09_models.ipynb #445ab50f
+# %% ../nbs/09_models.ipynb #3200925c
 NETWORKS = {"unet": UNet, "attention-deeplabv3plus": AttentionDeepLabV3Plus, "smp-unet": smp.Unet}
 
 
@@ -295,7 +295,7 @@ def build_network(
     network.config["encoder_weights"] = None  # a saved network carries its own
     return network
 
-# %% ../nbs/09_models.ipynb #02b48544
+# %% ../nbs/09_models.ipynb #c3a506f9
 FORMAT_VERSION = 1
 
 
