@@ -5,14 +5,17 @@ import json
 import subprocess
 import sys
 
+import h5py
 import numpy as np
 import pytest
+import torch
 
-from segpc_nb import cli, pipeline
+from segpc_nb import cli, keras_weights, pipeline
 from segpc_nb.cells import cell_from_parts
 from segpc_nb.exports import read_cells_csv, read_results, read_submission, write_masks
 from segpc_nb.images import read_mask, write_image
 from segpc_nb.metrics import evaluate_cells
+from segpc_nb.models import build_network, load_network
 from segpc_nb.pipeline import SELECTIONS, BundleConfig, Segmenter
 
 SCALES = (0.5, 1.75)
@@ -187,6 +190,45 @@ def test_words_are_those_of_the_pipeline():
 def test_help_and_typos_do_not_load_torch():
     code = "import sys; from segpc_nb.cli import main; assert main(['predcit']) == 2; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_convert_keras_makes_a_network(tmp_path, capsys, monkeypatch):
+    settings = {"name": "unet", "widths": (3, 4), "activation": "sigmoid"}
+    monkeypatch.setitem(keras_weights.KERAS_NETWORKS, "U-Net", (settings, keras_weights.unet_order))
+    rng, network = np.random.default_rng(0), build_network(**settings)
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        order = keras_weights.unet_order(network)
+        file.attrs["layer_names"] = [f"conv2d_{k}".encode() for k in range(len(order))]
+        for k, name in enumerate(order):
+            shapes = keras_weights.keras_shapes(network.get_submodule(name))
+            file.create_group(f"conv2d_{k}").attrs["weight_names"] = [f"conv2d_{k}/{tensor}:0".encode() for tensor, _ in shapes]
+            for tensor, shape in shapes:
+                file[f"conv2d_{k}/conv2d_{k}/{tensor}:0"] = rng.normal(0, 0.2, shape).astype(np.float32)
+    assert run("convert-keras", tmp_path / "a.hdf5", tmp_path / "bundle/nucleus") == 0
+    output = capsys.readouterr()
+    assert "U-Net" in output.out and len(output.out.splitlines()) == 1 and output.err == ""
+    answer = load_network(tmp_path / "bundle/nucleus")(torch.rand(2, 3, 16, 24))
+    assert answer.shape == (2, 1, 16, 24) and 0 <= answer.min() and answer.max() <= 1
+
+
+def test_convert_keras_refuses_in_one_line(tmp_path, capsys):
+    (tmp_path / "text.hdf5").write_text("hello")
+    with h5py.File(tmp_path / "other.hdf5", "w") as file:
+        file.attrs["layer_names"] = [b"dense_1"]
+        file.create_group("dense_1").attrs["weight_names"] = [b"dense_1/kernel:0"]
+        file["dense_1/dense_1/kernel:0"] = np.zeros((5, 2), np.float32)
+    cases = {
+        ("missing.hdf5", "out"): "missing.hdf5 can't be read as HDF5 weights",
+        ("text.hdf5", "out"): "text.hdf5 can't be read as HDF5 weights",
+        ("other.hdf5", "out"): "some other network",
+        ("other.hdf5", "text.hdf5"): "is a file; give the folder",
+        ("other.hdf5",): "out",
+    }
+    for words, message in cases.items():
+        assert run("convert-keras", *(tmp_path / word for word in words)) == 2
+        output = capsys.readouterr()
+        assert output.out == "" and len(output.err.splitlines()) == 1 and output.err.startswith("segpc: error: ") and message in output.err, output.err
+        assert not (tmp_path / "out").exists()
 
 
 def test_synth_makes_the_official_layout(tmp_path, capsys):

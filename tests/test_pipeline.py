@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from segpc_nb.aggregation import single_scale
 from segpc_nb.cells import cell_from_parts, iou_table
-from segpc_nb.models import build_network
+from segpc_nb.models import build_network, load_network
 from segpc_nb.pipeline import SELECTIONS, BundleConfig, Segmenter, aggregate, ask, find_nuclei, load_bundle, split_touching
 
 SCALES = (0.5, 1.75, 2.6, 3.0)
@@ -188,6 +188,23 @@ def test_a_bundle_read_again_gives_the_same_cells(tmp_path):
     again = Segmenter.from_bundle(tmp_path / "bundle")
     assert again.config == CONFIG
     image, truth = drawn(np.random.default_rng(4))
+    for a, b in zip(chain(*first.candidates(image, truth)), chain(*again.candidates(image, truth))):
+        assert np.array_equal(a.probability, b.probability)
+
+
+def test_networks_saved_to_give_probabilities_give_the_same_cells(tmp_path):
+    torch.manual_seed(0)
+    networks = {scale: build_network("unet", in_channels=4, widths=(4, 8)) for scale in SCALES}
+    first = Segmenter(build_network("unet", widths=(4, 8)), networks, CONFIG)
+    first.save_bundle(tmp_path)
+    for file in tmp_path.glob("*/config.json"):
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved["network"]["activation"] = "sigmoid"
+        file.write_text(json.dumps(saved), encoding="utf-8")
+    assert load_network(tmp_path / "nucleus").activation == "sigmoid"
+    again = load_bundle(tmp_path)
+    image, truth = drawn(np.random.default_rng(4))
+    assert [(cell.bbox, cell.area) for cell in again.nuclei(image)] == [(cell.bbox, cell.area) for cell in first.nuclei(image)]
     for a, b in zip(chain(*first.candidates(image, truth)), chain(*again.candidates(image, truth))):
         assert np.array_equal(a.probability, b.probability)
 
