@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'NUCLEUS_COLOUR', 'CAMERAS', 'wobbly_disc', 'noise', 'draw_kind', 'paint', 'draw_background', 'place_cells',
            'make_picture', 'make_dataset', 'default_data', 'otsu_watershed']
 
-# %% ../nbs/06_synthetic.ipynb #e067c0de
+# %% ../nbs/06_synthetic.ipynb #96f4e7c0
 import json
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ from .cells import Cell, cell_from_parts, mask_from_cell
 from .dataset import find_dataset
 from .images import write_bytes, write_image
 
-# %% ../nbs/06_synthetic.ipynb #3eff061b
+# %% ../nbs/06_synthetic.ipynb #74634cbe
 def wobbly_disc(
     rng: np.random.Generator,
     radius: float,  # mean, px
@@ -51,27 +51,7 @@ def noise(
     small = rng.normal(size=[max(2, int(np.ceil(side / grain)) + 1) for side in shape]).astype(np.float32)
     return 1.4 * cv2.resize(small, shape[::-1], interpolation=cv2.INTER_CUBIC)
 
-# %% ../nbs/06_synthetic.ipynb #d2f68a1f
-KINDS = ("plasma", "lymphocyte", "erythroblast", "granulocyte", "blast")
-NUCLEUS_COLOUR = np.array([82, 40, 138], np.float32)  # RGB of a well stained nucleus
-
-
-def draw_kind(
-    rng: np.random.Generator,
-    kind: str,  # one of KINDS
-    unit: float = 1.0,  # pixels per pixel of a 512 x 384 picture
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # nucleus and whole cell (s, s) float32 0..1; colours (s, s, 3) float32 RGB
-    "Draw one cell of a kind in its window."
-    size = 2 * int(75 * unit) + 1
-    draw = {"plasma": _plasma, "lymphocyte": _round, "erythroblast": _round, "granulocyte": _granulocyte, "blast": _round}.get(kind)
-    if draw is None:
-        raise ValueError(f"kind = {kind!r}, allowed: {', '.join(KINDS)}")
-    nucleus, whole, cytoplasm, dark = draw(rng, kind, unit, size)
-    chromatin = noise(rng, nucleus.shape, rng.uniform(5, 7) * unit) if kind == "plasma" else noise(rng, nucleus.shape, rng.uniform(2, 4) * unit)
-    stained = (NUCLEUS_COLOUR * dark)[None, None] * (1 + (0.16 if kind == "plasma" else 0.07) * chromatin[..., None])
-    return nucleus, np.maximum(whole, nucleus), cytoplasm + nucleus[..., None] * (stained - cytoplasm)
-
-
+# %% ../nbs/06_synthetic.ipynb #14ebc892
 def _plasma(rng, kind, unit, size):
     "An eccentric nucleus, blue cytoplasm, a pale halo beside the nucleus."
     radius, core = rng.uniform(31, 43) * unit, rng.uniform(21, 26) * unit
@@ -99,7 +79,7 @@ def _round(rng, kind, unit, size):
     cytoplasm = np.array(colour) + rng.normal(0, 8) + 6 * noise(rng, whole.shape, 6 * unit)[..., None]
     return nucleus, whole, cytoplasm.astype(np.float32), dark
 
-
+# %% ../nbs/06_synthetic.ipynb #75e131b0
 def _granulocyte(rng, kind, unit, size):
     "Lobes in a row or a kidney, in much pink and granular cytoplasm."
     radius, lobes = rng.uniform(32, 42) * unit, rng.integers(2, 5)
@@ -111,7 +91,27 @@ def _granulocyte(rng, kind, unit, size):
     cytoplasm = np.array([205, 170, 200]) + rng.normal(0, 8) - np.array([60, 70, 40]) * granules[..., None] * rng.uniform(0.2, 1)
     return nucleus, whole, cytoplasm.astype(np.float32), rng.uniform(0.9, 1.1)
 
-# %% ../nbs/06_synthetic.ipynb #e85c0252
+# %% ../nbs/06_synthetic.ipynb #bbeeb1a0
+KINDS = ("plasma", "lymphocyte", "erythroblast", "granulocyte", "blast")
+NUCLEUS_COLOUR = np.array([82, 40, 138], np.float32)  # RGB of a well stained nucleus
+
+
+def draw_kind(
+    rng: np.random.Generator,
+    kind: str,  # one of KINDS
+    unit: float = 1.0,  # pixels per pixel of a 512 x 384 picture
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # nucleus and whole cell (s, s) float32 0..1; colours (s, s, 3) float32 RGB
+    "Draw one cell of a kind in its window."
+    size = 2 * int(75 * unit) + 1
+    draw = {"plasma": _plasma, "lymphocyte": _round, "erythroblast": _round, "granulocyte": _granulocyte, "blast": _round}.get(kind)
+    if draw is None:
+        raise ValueError(f"kind = {kind!r}, allowed: {', '.join(KINDS)}")
+    nucleus, whole, cytoplasm, dark = draw(rng, kind, unit, size)
+    chromatin = noise(rng, nucleus.shape, rng.uniform(5, 7) * unit) if kind == "plasma" else noise(rng, nucleus.shape, rng.uniform(2, 4) * unit)
+    stained = (NUCLEUS_COLOUR * dark)[None, None] * (1 + (0.16 if kind == "plasma" else 0.07) * chromatin[..., None])
+    return nucleus, np.maximum(whole, nucleus), cytoplasm + nucleus[..., None] * (stained - cytoplasm)
+
+# %% ../nbs/06_synthetic.ipynb #3222e4d0
 def paint(
     canvas: np.ndarray,  # (H, W, 3) float32 RGB, changed
     centre: tuple[float, float],  # row, column; px
@@ -150,7 +150,7 @@ def draw_background(
         paint(canvas, rng.uniform(0, 1, 2) * shape, wobbly_disc(rng, rng.uniform(1.5, 4) * unit, 1.2, 0.1), NUCLEUS_COLOUR + rng.normal(40, 15))
     return canvas
 
-# %% ../nbs/06_synthetic.ipynb #eb887ab9
+# %% ../nbs/06_synthetic.ipynb #8902bc81
 CAMERAS = {"olympus": (384, 512), "nikon": (480, 640)}  # (H, W): the real 1536 x 2048 and 1920 x 2560, reduced by four
 
 
@@ -193,7 +193,7 @@ def make_picture(
     canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.6, 1.2)) + rng.normal(0, rng.uniform(1.5, 4), canvas.shape)
     return canvas.clip(0, 255).astype(np.uint8), cells
 
-# %% ../nbs/06_synthetic.ipynb #ce146ce2
+# %% ../nbs/06_synthetic.ipynb #302ae0ad
 def make_dataset(
     out: Path,  # gets train/x and train/y
     pictures: int = 40,  # how many
@@ -235,7 +235,7 @@ def default_data(
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segpc_nb"
     return make_dataset(cache / f"synthetic-{pictures}-{seed}", pictures, seed)
 
-# %% ../nbs/06_synthetic.ipynb #d39f3d2d
+# %% ../nbs/06_synthetic.ipynb #e6e2672e
 def otsu_watershed(
     image: np.ndarray,  # (H, W, 3) uint8 RGB
 ) -> list[Cell]:  # every nucleated cell it finds

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_no_execution_counts_and_no_paths_of_a_machine(path):
 @pytest.mark.parametrize("path", chapters, ids=lambda path: path.stem)
 def test_exported_cells_are_short_and_shown(path):
     code = [source(cell) for cell in cells(path) if cell["cell_type"] == "code"]
-    definitions = [i for i, text in enumerate(code) if text.startswith("#| export") and ("\ndef " in text or "\nclass " in text)]
+    definitions = [i for i, text in enumerate(code) if text.startswith("#| export") and re.search(r"\n(def|class) [^_]", text)]
     for i in definitions:
         limit = 70 if "\nclass " in code[i] else 55
         assert len(code[i].splitlines()) <= limit, code[i][:80]
@@ -68,6 +69,15 @@ def test_runs_have_parameters_first_and_no_outputs(path):
     assert "parameters" in code[0]["metadata"].get("tags", [])
     assert "skip_exec: true" in source(cells(path)[0])
     assert all(not cell["outputs"] for cell in code)
+
+
+@pytest.mark.parametrize("path", runs, ids=lambda path: path.stem)
+def test_papermill_understands_the_parameters(path):
+    from papermill import inspect_notebook
+
+    found = inspect_notebook(str(path))
+    assert {"preset", "data", "out"} <= set(found)
+    assert all(parameter["inferred_type_name"] in ("str", "int", "float") and parameter["help"] for parameter in found.values()), found
 
 
 def test_notebooks_stay_small():
