@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SELECTIONS', 'BUNDLE_VERSION', 'BundleConfig', 'split_touching', 'find_nuclei', 'aggregate', 'ask', 'ask_regions',
-           'select_step_by_step', 'check_picture', 'Segmenter', 'save_bundle', 'load_bundle']
+           'select_step_by_step', 'check_picture', 'Segmenter', 'save_bundle', 'check_device', 'load_bundle']
 
-# %% ../nbs/13_pipeline.ipynb #36ed2024
+# %% ../nbs/13_pipeline.ipynb #f9fceaa4
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -28,7 +28,7 @@ from .images import equalize_histogram, write_bytes
 from .models import load_network, save_network
 from .regions import crop_regions, paste_region, resize_window
 
-# %% ../nbs/13_pipeline.ipynb #36554d58
+# %% ../nbs/13_pipeline.ipynb #d81988aa
 SELECTIONS = ("paper", "keep-all", "fuse", "nms")
 BUNDLE_VERSION = 1
 
@@ -68,7 +68,7 @@ class BundleConfig:
             raise ValueError("; ".join(wrong))
         return self
 
-# %% ../nbs/13_pipeline.ipynb #65c9d205
+# %% ../nbs/13_pipeline.ipynb #5d5a2d38
 def split_touching(
     mask: np.ndarray,  # (h, w) bool
 ) -> np.ndarray:  # (h, w) int32 labels, 0 background
@@ -82,7 +82,7 @@ def split_touching(
     seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
     return watershed(-distance, seeds, mask=mask)
 
-# %% ../nbs/13_pipeline.ipynb #237cdb84
+# %% ../nbs/13_pipeline.ipynb #99d4b993
 def _stretch(surface: np.ndarray, corner: tuple[int, int], grid: tuple[int, int], shape: tuple[int, int]) -> tuple[np.ndarray, tuple]:
     "The part of a full picture (H, W) that a window of the network's grid (h, w) covers, bilinear, and its box."
     factors = np.array(shape) / grid
@@ -123,7 +123,7 @@ def find_nuclei(
             cells.append(cell_from_parts(len(cells) + 1, box, nucleus, np.zeros_like(nucleus), shape, score=score))
     return cells
 
-# %% ../nbs/13_pipeline.ipynb #60b45492
+# %% ../nbs/13_pipeline.ipynb #3a1c4666
 def aggregate(
     candidates: list[list[Candidate]],  # per nucleus, scales ascending
     select: str,  # one of SELECTIONS
@@ -140,7 +140,7 @@ def aggregate(
         cells = fuse(candidates, config.cell_threshold) if select == "fuse" else non_maximum_suppression(candidates)
     return [cell for cell in cells if cell.score >= config.min_score]
 
-# %% ../nbs/13_pipeline.ipynb #f05f70a1
+# %% ../nbs/13_pipeline.ipynb #81398b47
 @torch.inference_mode()
 def ask(
     network: Callable,  # (N, C, h, w) float to (N, 1, h, w) logits
@@ -161,7 +161,7 @@ def ask(
             raise ValueError("network: its answer holds NaN; its weights are broken, train it again with a smaller step or clip_norm")
     return np.concatenate(answers)
 
-# %% ../nbs/13_pipeline.ipynb #ef105410
+# %% ../nbs/13_pipeline.ipynb #faee1550
 def ask_regions(
     network: Callable,  # of this scale
     image: np.ndarray,  # (H, W, 3) uint8 RGB
@@ -177,7 +177,7 @@ def ask_regions(
     pasted = [(nucleus, *paste_region(answer, box, image.shape[:2])) for nucleus, answer, box in answers]
     return [make_candidate(nucleus, scale, box, probability, threshold) for nucleus, probability, box in pasted]
 
-# %% ../nbs/13_pipeline.ipynb #4637d7cd
+# %% ../nbs/13_pipeline.ipynb #824e51e0
 def select_step_by_step(
     nuclei: list[Cell],
     ask_scale: Callable[[list[Cell], int], list[Candidate]],  # answers about some nuclei at the n-th scale
@@ -191,7 +191,7 @@ def select_step_by_step(
         waiting = {k: nucleus for k, nucleus in waiting.items() if k not in chosen}
     return [chosen[k] for k in range(len(nuclei))]
 
-# %% ../nbs/13_pipeline.ipynb #868e084a
+# %% ../nbs/13_pipeline.ipynb #e7d9d286
 def check_picture(
     image: np.ndarray,  # whatever it is
     equalize: bool = False,  # equalise the histogram of each channel
@@ -202,7 +202,7 @@ def check_picture(
         raise ValueError(f"image: {found}; expected a uint8 array (height, width, 3) in RGB, as images.read_picture gives")
     return equalize_histogram(image) if equalize else image
 
-# %% ../nbs/13_pipeline.ipynb #6d2fc650
+# %% ../nbs/13_pipeline.ipynb #bc05b095
 class Segmenter:
     "Pictures in, cells out: the nucleus network, one cytoplasm network per scale, and their numbers."
 
@@ -259,7 +259,7 @@ class Segmenter:
         scale, size = self.config.scales[position], self.config.region_sizes[position]
         return ask_regions(self.cell_networks[scale], image, nuclei, scale, size, self.config.cell_threshold, self.batch_size)
 
-# %% ../nbs/13_pipeline.ipynb #baf29906
+# %% ../nbs/13_pipeline.ipynb #dd373bd8
 def save_bundle(
     segmenter: Segmenter,  # with networks from `models.build_network`
     folder: Path,  # gets bundle.json, nucleus/ and one folder per scale
@@ -273,16 +273,23 @@ def save_bundle(
     write_bytes(folder / "bundle.json", json.dumps(asdict(segmenter.config), indent=2).encode())
 
 
+def check_device(
+    device: str,  # where networks go: "cpu", "cuda", "cuda:1", "mps"
+) -> None:
+    "Refuse a device that is not there."
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device = {device!r} can't be used here ({str(error).splitlines()[0]}); 'cpu' always works") from error
+
+
 def load_bundle(
     folder: Path,  # from `save_bundle`
     device: str = "cpu",  # where the networks go: "cpu", "cuda", "cuda:1", "mps"
 ) -> Segmenter:
     "Read a segmenter from its folder."
     folder = Path(folder)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device = {device!r} can't be used here ({str(error).splitlines()[0]}); 'cpu' always works") from error
+    check_device(device)
     try:
         config = BundleConfig(**json.loads((folder / "bundle.json").read_text(encoding="utf-8")))
     except OSError as error:

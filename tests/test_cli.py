@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from segpc_nb import cli, keras_weights, pipeline
+from segpc_nb import cli, keras_weights, pipeline, released
 from segpc_nb.cells import cell_from_parts
 from segpc_nb.exports import read_cells_csv, read_results, read_submission, write_masks
 from segpc_nb.images import read_mask, write_image
 from segpc_nb.metrics import evaluate_cells
 from segpc_nb.models import build_network, load_network
 from segpc_nb.pipeline import SELECTIONS, BundleConfig, Segmenter
+from segpc_nb.released import PRESETS, ReleasedSegmenter
 
 SCALES = (0.5, 1.75)
 STUB = Segmenter(
@@ -74,6 +75,24 @@ def test_keep_all_numbers_masks_and_names_the_nucleus(smears):
     table = read_cells_csv(smears / "out/cells.csv").query("picture == '10'")
     assert table.id.tolist() == list(range(1, len(table) + 1)) and set(table.nucleus) == {1, 2}
     assert not table.duplicated(["nucleus", "scale"]).any() and sorted(table.query("nucleus == 1").scale) == [0.5, 1.75]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_released_way_keeps_every_plausible_cell(smears, monkeypatch, preset, capsys):
+    def load(folder, preset, device):
+        networks = dict.fromkeys((0.5, 1.75, 2.6, 3.0), lambda crops: 40 * (0.7 - crops[:, 1:2]) * (crops[:, 1:2] > 0))
+        return ReleasedSegmenter(lambda images: 40 * (0.35 - images[:, 1:2]), networks, PRESETS[preset])
+
+    monkeypatch.setattr(released, "load_released", load)
+    for name in ("11", "12"):
+        (smears / f"x/{name}.bmp").write_bytes((smears / "x/10.bmp").read_bytes())
+    assert run("predict", "x", "--out", "out", "--bundle", "b", "--preset", preset) == (1 if preset == "released-bug" else 0)
+    errors = capsys.readouterr().err
+    assert ("12.bmp" in errors or "7_a.bmp" in errors) == (preset == "released-bug") and len(errors.splitlines()) <= 1
+    table = read_cells_csv(smears / "out/cells.csv").query("picture == '10'")
+    assert table.id.tolist() == list(range(1, len(table) + 1)) and set(table.nucleus) == {1, 2} and len(table) > 4
+    assert not table.duplicated(["nucleus", "scale"]).any()
+    read_results(smears / "out")
 
 
 def test_bad_pictures_are_named_and_the_others_done(smears, capsys):
@@ -143,6 +162,9 @@ def test_options_from_a_file(smears):
         (["predict", "x"], "out"),
         (["predict", "--out", "out"], "PICTURE_OR_FOLDER|pictures"),
         (["predict", "x", "--out", "out", "--bundle", "b", "--select", "best"], "keep-all"),
+        (["predict", "x", "--out", "out", "--bundle", "b", "--preset", "paper"], "released-bug"),
+        (["predict", "x", "--out", "out", "--bundle", "b", "--preset", "released", "--select", "fuse"], "leave one of them out"),
+        (["predict", "x", "--out", "out", "--bundle", "b", "--preset", "released"], "cytoplasm_0.5 holds no network"),
         (["predict", "x", "--out", "out", "--bundle", "b", "--colour", "red"], "colour"),
         (["predict", "nothing", "--out", "out", "--bundle", "b"], "nothing: no such file or folder"),
         (["predict", "x", "twin", "--out", "out", "--bundle", "b"], "have the same name"),
@@ -184,7 +206,8 @@ def test_no_bundle_says_how_to_make_one(tmp_path):
 
 def test_words_are_those_of_the_pipeline():
     assert cli.SELECT == SELECTIONS
-    assert list(inspect.signature(cli.predict).parameters) == ["pictures", "out", "bundle", "select", "device"]
+    assert list(inspect.signature(cli.predict).parameters) == ["pictures", "out", "bundle", "select", "device", "preset"]
+    assert cli.PRESET == ("project", *PRESETS)
 
 
 def test_help_and_typos_do_not_load_torch():
