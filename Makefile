@@ -5,7 +5,6 @@ PRESET ?= smoke
 DATA ?=
 OUT ?= runs/$(PRESET)
 BIN := .venv/bin
-export MPLBACKEND := Agg
 
 .PHONY: help setup reproduce test test-slow sync readme lab clean
 

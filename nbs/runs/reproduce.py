@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 here = Path(__file__).parent
-os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # figures belong into the notebooks
 os.environ.setdefault("PYTHONHASHSEED", "0")
 
 
@@ -35,7 +35,7 @@ def report(executed):
     "The executed notebook as a page without code."
     from nbconvert import HTMLExporter
 
-    page, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_filename(executed)
+    page, _ = HTMLExporter(exclude_input=True, exclude_raw=True, exclude_input_prompt=True, exclude_output_prompt=True).from_filename(executed)
     path = executed.with_name("report.html")
     path.write_text(page, encoding="utf-8")
     return path
