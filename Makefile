@@ -33,7 +33,7 @@ sync: setup  ## are notebooks clean, and do the modules stand as the notebooks e
 	$(BIN)/python tests/check_sync.py
 
 readme: setup  ## README.md from nbs/index.ipynb
-	$(BIN)/jupyter nbconvert --to markdown --log-level WARN --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags hide-input --output-dir . --output README nbs/index.ipynb
+	$(BIN)/python nbs/readme.py
 
 lab: setup  ## open the chapters and runs in JupyterLab
 	$(BIN)/jupyter lab nbs

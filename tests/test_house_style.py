@@ -82,3 +82,16 @@ def test_papermill_understands_the_parameters(path):
 
 def test_notebooks_stay_small():
     assert sum(path.stat().st_size for path in chapters + runs) < 6_000_000
+
+
+def test_readme_is_made_from_the_index():
+    import runpy
+
+    assert (root / "README.md").read_text(encoding="utf-8") == runpy.run_path(str(root / "nbs" / "readme.py"))["readme"]()
+
+
+def test_the_table_of_the_readme_is_that_of_the_run():
+    run = json.loads((root / "results" / "smoke.json").read_text(encoding="utf-8"))
+    text = (root / "README.md").read_text(encoding="utf-8")
+    for method, scores in run["methods"].items():
+        assert f"| {method} | {scores['official']:.3f} " in text, method
