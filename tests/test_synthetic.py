@@ -32,7 +32,7 @@ def test_more_pictures_leave_the_first_as_they_are(smears, tmp_path):
 
 
 def test_an_interrupted_run_goes_on(smears, tmp_path, monkeypatch):
-    import segpc_nb.synthetic as synthetic
+    from segpc_nb import synthetic
 
     real, drawn = synthetic.make_picture, []
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -96,7 +97,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
         textwrap.dedent(f"""
         import os, sys
         from pathlib import Path
-        sys.path.insert(0, {str(pytest.importorskip("pathlib").Path(__file__).parent)!r})
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_training import Blobs, TINY, tiny, fit
         import segpc_nb.training as training
         written = []
