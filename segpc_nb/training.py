@@ -9,7 +9,7 @@ __all__ = ['LOSSES', 'SCHEDULES', 'STAIN', 'WARM_UP', 'PLATEAU_EPOCHS', 'PLATEAU
            'resume', 'epochs_since_best', 'write_state', 'channels_last', 'moving_average', 'restore', 'fit',
            'write_manifest', 'Preset', 'small_preset', 'paper_preset']
 
-# %% ../nbs/11_training.ipynb #ea7f9039
+# %% ../nbs/11_training.ipynb #c8e4148d
 import hashlib
 import json
 import math
@@ -36,7 +36,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-# %% ../nbs/11_training.ipynb #7fefa307
+# %% ../nbs/11_training.ipynb #d4b0e91c
 LOSSES = ("cross-entropy", "cross-entropy+dice")
 SCHEDULES = ("constant", "cosine", "plateau")
 
@@ -82,7 +82,7 @@ class TrainConfig:
             raise ValueError("; ".join(wrong))
         return self
 
-# %% ../nbs/11_training.ipynb #53167be8
+# %% ../nbs/11_training.ipynb #d2977b54
 def dice_loss(
     logits: torch.Tensor,  # (N, C, H, W) float logits
     target: torch.Tensor,  # (N, C, H, W) float, 0 or 1
@@ -110,7 +110,7 @@ def segmentation_loss(
 
     return loss
 
-# %% ../nbs/11_training.ipynb #ade603a5
+# %% ../nbs/11_training.ipynb #c7baa9ca
 STAIN = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.04)
 
 
@@ -135,7 +135,7 @@ def region_augmentation(
     affine = v2.RandomAffine(degrees=180, scale=(1 / zoom, zoom), shear=8, interpolation=v2.InterpolationMode.BILINEAR)
     return v2.Compose([v2.RandomHorizontalFlip(), affine, STAIN])
 
-# %% ../nbs/11_training.ipynb #d77cd8c7
+# %% ../nbs/11_training.ipynb #f0a0dcfc
 def seed_everything(
     seed: int,  # any integer
 ) -> None:
@@ -144,7 +144,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/11_training.ipynb #d1f319de
+# %% ../nbs/11_training.ipynb #9ccb66d1
 def save_checkpoint(
     path: Path,  # where it shall stand
     state: dict,  # tensors, numbers, strings and containers of them
@@ -167,7 +167,7 @@ def load_checkpoint(
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of a training run ({str(error).splitlines()[0]}); delete it to train from the start") from error
 
-# %% ../nbs/11_training.ipynb #39c573fa
+# %% ../nbs/11_training.ipynb #ed811a3e
 @torch.inference_mode()
 def validate(
     network: torch.nn.Module,  # gives logits
@@ -191,7 +191,7 @@ def validate(
         joint += ((predicted > 0) | (true > 0)).sum().item()
     return {"valid_loss": total / max(samples, 1), "valid_iou": shared / max(joint, 1)}
 
-# %% ../nbs/11_training.ipynb #cc9366df
+# %% ../nbs/11_training.ipynb #b029d3ba
 WARM_UP = 0.05  # share of the run in which the step size rises
 PLATEAU_EPOCHS, PLATEAU_FACTOR = 7, 0.1  # the parent network's ReduceLROnPlateau
 
@@ -213,7 +213,7 @@ def learning_rate(
             rate, waited = rate * PLATEAU_FACTOR, 0
     return rate
 
-# %% ../nbs/11_training.ipynb #ee678778
+# %% ../nbs/11_training.ipynb #d6aa4f20
 def train_epoch(
     network: torch.nn.Module,  # gives logits
     loader: Iterable,  # batches of (input, target)
@@ -244,7 +244,7 @@ def train_epoch(
         samples += len(images)
     return total / max(samples, 1)
 
-# %% ../nbs/11_training.ipynb #8ff400ab
+# %% ../nbs/11_training.ipynb #91276a41
 def resume(
     folder: Path,  # of the run
     config: TrainConfig,  # of the run that wants to continue
@@ -261,7 +261,7 @@ def resume(
         raise ValueError(f"{folder} holds a run of another configuration ({found}); choose another folder or delete it")
     return state
 
-# %% ../nbs/11_training.ipynb #4e94507f
+# %% ../nbs/11_training.ipynb #c3e041f4
 def epochs_since_best(
     history: list[dict],  # the epochs so far
 ) -> int:  # 0 when the last epoch is the best one, or nothing is validated
@@ -288,7 +288,7 @@ def write_state(
     state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "config": text}
     save_checkpoint(folder / "latest.pt", state | ({"average": average.state_dict()} if average else {}))
 
-# %% ../nbs/11_training.ipynb #1c403b63
+# %% ../nbs/11_training.ipynb #f56515cb
 def channels_last(
     network: torch.nn.Module,  # changed in place
 ) -> torch.nn.Module:  # the same
@@ -298,7 +298,7 @@ def channels_last(
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return network
 
-# %% ../nbs/11_training.ipynb #65acaa57
+# %% ../nbs/11_training.ipynb #b0e05e50
 def moving_average(
     network: torch.nn.Module,  # to be averaged
     decay: float,  # weight of the past per step; 0 gives None
@@ -316,7 +316,7 @@ def restore(
         if part is not None and name in state:
             part.load_state_dict(state[name])
 
-# %% ../nbs/11_training.ipynb #21136d91
+# %% ../nbs/11_training.ipynb #bddba2e7
 def fit(
     network: torch.nn.Module,  # gives logits; its weights are changed
     train_set: Dataset,  # (input, target) samples, random changes included
@@ -356,7 +356,7 @@ def fit(
     bare.load_state_dict(load_checkpoint(folder / "best.pt")["network"])
     return pd.DataFrame(history)
 
-# %% ../nbs/11_training.ipynb #3799aec3
+# %% ../nbs/11_training.ipynb #7945b6ae
 def write_manifest(
     path: Path,  # manifest.json of the run's folder
     files: Iterable[Path],  # the data that was read; their names and sizes make the data's hash
@@ -375,7 +375,7 @@ def write_manifest(
     path.write_text(json.dumps(manifest, indent=2, default=str), encoding="utf-8")
     return manifest
 
-# %% ../nbs/11_training.ipynb #ac753ea6
+# %% ../nbs/11_training.ipynb #91576a34
 PAPER_SCALES = (0.5, 1.75, 2.6, 3.0)
 
 
@@ -421,6 +421,6 @@ def paper_preset() -> Preset:
 
 PRESETS = {
     "smoke": small_preset((192, 256), (160, 160), 64, (14, 8), 3e-3, 4, 0.9, nuclei="jittered", folds=0, pictures=48, yardstick=False),
-    "light": small_preset((384, 512), (288, 288), 96, (13, 4), 2e-3, 8, 0.98, nuclei="out-of-fold", folds=2, pictures=300, yardstick=True),
+    "light": small_preset((384, 512), (288, 288), 96, (20, 8), 2e-3, 8, 0.98, nuclei="out-of-fold", folds=2, pictures=300, yardstick=True),
     "paper": paper_preset(),
 }
