@@ -9,7 +9,7 @@ __all__ = ['LOSSES', 'SCHEDULES', 'STAIN', 'WARM_UP', 'PLATEAU_EPOCHS', 'PLATEAU
            'resume', 'epochs_since_best', 'write_state', 'channels_last', 'moving_average', 'restore', 'fit',
            'write_manifest', 'Preset', 'small_preset', 'paper_preset']
 
-# %% ../nbs/11_training.ipynb #c8e4148d
+# %% ../nbs/11_training.ipynb #2d9fadea
 import hashlib
 import json
 import math
@@ -19,7 +19,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,11 +32,10 @@ from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-# %% ../nbs/11_training.ipynb #d4b0e91c
+# %% ../nbs/11_training.ipynb #5b6c0155
 LOSSES = ("cross-entropy", "cross-entropy+dice")
 SCHEDULES = ("constant", "cosine", "plateau")
 
@@ -82,7 +81,7 @@ class TrainConfig:
             raise ValueError("; ".join(wrong))
         return self
 
-# %% ../nbs/11_training.ipynb #d2977b54
+# %% ../nbs/11_training.ipynb #163d8e8d
 def dice_loss(
     logits: torch.Tensor,  # (N, C, H, W) float logits
     target: torch.Tensor,  # (N, C, H, W) float, 0 or 1
@@ -110,7 +109,7 @@ def segmentation_loss(
 
     return loss
 
-# %% ../nbs/11_training.ipynb #c7baa9ca
+# %% ../nbs/11_training.ipynb #d1d360bb
 STAIN = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.04)
 
 
@@ -135,7 +134,7 @@ def region_augmentation(
     affine = v2.RandomAffine(degrees=180, scale=(1 / zoom, zoom), shear=8, interpolation=v2.InterpolationMode.BILINEAR)
     return v2.Compose([v2.RandomHorizontalFlip(), affine, STAIN])
 
-# %% ../nbs/11_training.ipynb #f0a0dcfc
+# %% ../nbs/11_training.ipynb #e5b753ed
 def seed_everything(
     seed: int,  # any integer
 ) -> None:
@@ -144,7 +143,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/11_training.ipynb #9ccb66d1
+# %% ../nbs/11_training.ipynb #791f41e5
 def save_checkpoint(
     path: Path,  # where it shall stand
     state: dict,  # tensors, numbers, strings and containers of them
@@ -167,7 +166,7 @@ def load_checkpoint(
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of a training run ({str(error).splitlines()[0]}); delete it to train from the start") from error
 
-# %% ../nbs/11_training.ipynb #ed811a3e
+# %% ../nbs/11_training.ipynb #eb457399
 @torch.inference_mode()
 def validate(
     network: torch.nn.Module,  # gives logits
@@ -191,7 +190,7 @@ def validate(
         joint += ((predicted > 0) | (true > 0)).sum().item()
     return {"valid_loss": total / max(samples, 1), "valid_iou": shared / max(joint, 1)}
 
-# %% ../nbs/11_training.ipynb #b029d3ba
+# %% ../nbs/11_training.ipynb #23b0ad33
 WARM_UP = 0.05  # share of the run in which the step size rises
 PLATEAU_EPOCHS, PLATEAU_FACTOR = 7, 0.1  # the parent network's ReduceLROnPlateau
 
@@ -213,7 +212,7 @@ def learning_rate(
             rate, waited = rate * PLATEAU_FACTOR, 0
     return rate
 
-# %% ../nbs/11_training.ipynb #d6aa4f20
+# %% ../nbs/11_training.ipynb #ec9ff36b
 def train_epoch(
     network: torch.nn.Module,  # gives logits
     loader: Iterable,  # batches of (input, target)
@@ -244,7 +243,7 @@ def train_epoch(
         samples += len(images)
     return total / max(samples, 1)
 
-# %% ../nbs/11_training.ipynb #91276a41
+# %% ../nbs/11_training.ipynb #ff6424d9
 def resume(
     folder: Path,  # of the run
     config: TrainConfig,  # of the run that wants to continue
@@ -261,7 +260,7 @@ def resume(
         raise ValueError(f"{folder} holds a run of another configuration ({found}); choose another folder or delete it")
     return state
 
-# %% ../nbs/11_training.ipynb #c3e041f4
+# %% ../nbs/11_training.ipynb #ce39604e
 def epochs_since_best(
     history: list[dict],  # the epochs so far
 ) -> int:  # 0 when the last epoch is the best one, or nothing is validated
@@ -288,7 +287,7 @@ def write_state(
     state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "config": text}
     save_checkpoint(folder / "latest.pt", state | ({"average": average.state_dict()} if average else {}))
 
-# %% ../nbs/11_training.ipynb #f56515cb
+# %% ../nbs/11_training.ipynb #3d2a79eb
 def channels_last(
     network: torch.nn.Module,  # changed in place
 ) -> torch.nn.Module:  # the same
@@ -298,7 +297,7 @@ def channels_last(
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return network
 
-# %% ../nbs/11_training.ipynb #b0e05e50
+# %% ../nbs/11_training.ipynb #da7e5ca4
 def moving_average(
     network: torch.nn.Module,  # to be averaged
     decay: float,  # weight of the past per step; 0 gives None
@@ -316,7 +315,7 @@ def restore(
         if part is not None and name in state:
             part.load_state_dict(state[name])
 
-# %% ../nbs/11_training.ipynb #bddba2e7
+# %% ../nbs/11_training.ipynb #f9f38352
 def fit(
     network: torch.nn.Module,  # gives logits; its weights are changed
     train_set: Dataset,  # (input, target) samples, random changes included
@@ -356,7 +355,7 @@ def fit(
     bare.load_state_dict(load_checkpoint(folder / "best.pt")["network"])
     return pd.DataFrame(history)
 
-# %% ../nbs/11_training.ipynb #7945b6ae
+# %% ../nbs/11_training.ipynb #c9c311c2
 def write_manifest(
     path: Path,  # manifest.json of the run's folder
     files: Iterable[Path],  # the data that was read; their names and sizes make the data's hash
@@ -375,7 +374,7 @@ def write_manifest(
     path.write_text(json.dumps(manifest, indent=2, default=str), encoding="utf-8")
     return manifest
 
-# %% ../nbs/11_training.ipynb #91576a34
+# %% ../nbs/11_training.ipynb #f5ef6715
 PAPER_SCALES = (0.5, 1.75, 2.6, 3.0)
 
 
