@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OUTLINE_COLORS', 'CELL_COLORS', 'show_picture', 'outlines', 'show_cells', 'show_masks', 'show_panel', 'show_regions',
-           'show_history']
+           'sample_strip', 'show_history']
 
-# %% ../nbs/04_plots.ipynb #2eb4eb5f
+# %% ../nbs/04_plots.ipynb #7d00f819
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from skimage.measure import find_contours
 
 from .cells import Cell
 
-# %% ../nbs/04_plots.ipynb #19642b9e
+# %% ../nbs/04_plots.ipynb #8e6d73ec
 def _axes(ax: Axes | None, shape: tuple[int, int], width: float = 4.0) -> Axes:
     "The axes given, or new ones of the picture's proportions."
     return ax or plt.subplots(figsize=(width, width * shape[0] / shape[1]), dpi=70, layout="constrained")[1]
@@ -39,7 +40,7 @@ def show_picture(
     ax.set_title(title or "", fontsize=9)
     return ax
 
-# %% ../nbs/04_plots.ipynb #22ad6421
+# %% ../nbs/04_plots.ipynb #4de9e88e
 OUTLINE_COLORS = {"mask": "black", "nucleus": "#F0E442"}  # yellow of Okabe and Ito's palette
 
 
@@ -73,7 +74,7 @@ def show_cells(
             ax.text((left + right - 1) / 2, (top + bottom - 1) / 2, cell.id, color="white", fontsize=8, ha="center", va="center", clip_on=True, path_effects=[Stroke(linewidth=1.5, foreground="black"), Normal()])
     return ax
 
-# %% ../nbs/04_plots.ipynb #24da2c4f
+# %% ../nbs/04_plots.ipynb #a8251173
 CELL_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito 2008
 
 
@@ -91,7 +92,7 @@ def show_masks(
         canvas[top:bottom, left:right] *= 1 - weight * (1 - np.array(to_rgb(CELL_COLORS[cell.id % len(CELL_COLORS)])))
     return show_picture((255 * canvas).round().astype(np.uint8), ax, title)
 
-# %% ../nbs/04_plots.ipynb #cf438f90
+# %% ../nbs/04_plots.ipynb #07321658
 def show_panel(
     image: np.ndarray,  # (H, W, 3) uint8 RGB
     truth: list[Cell],  # annotated cells
@@ -107,7 +108,7 @@ def show_panel(
     show_cells(image, pred, axes[2], f"prediction, {len(pred)} cells")
     return axes
 
-# %% ../nbs/04_plots.ipynb #f2764291
+# %% ../nbs/04_plots.ipynb #b2db19c8
 def show_regions(
     regions: np.ndarray,  # (n, 4, h, w) RGB and nucleus mask; uint8 0..255 and 0/1, or float 0..1; tensors too
     targets: np.ndarray | None = None,  # (n, 1, h, w) whole cell, 0..1
@@ -130,7 +131,27 @@ def show_regions(
         line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, rotation=90, ha="right", va="center", fontsize=8)
     return axes
 
-# %% ../nbs/04_plots.ipynb #02111a07
+# %% ../nbs/04_plots.ipynb #91c5f1fc
+def sample_strip(
+    pictures: np.ndarray,  # (n, 3, h, w) float RGB, 0..1
+    targets: np.ndarray,  # (n, h, w) bool, what is annotated
+    found: np.ndarray,  # (n, h, w) bool, what was found
+    height: int = 128,  # of the strip, px
+) -> np.ndarray:  # (height, width, 3) uint8 RGB
+    "Samples side by side, the annotated outline in white, the found one in black."
+    tiles = []
+    for picture, *masks in zip(pictures, targets, found):
+        size = round(picture.shape[2] * height / picture.shape[1]), height
+        tile = (picture.transpose(1, 2, 0).clip(0, 1) * 255).round().astype(np.uint8)  # (3,h,w) -> (h,w,3)
+        tile = cv2.resize(tile, size, interpolation=cv2.INTER_LINEAR)
+        for mask, color in zip(masks, ((255, 255, 255), (0, 0, 0))):
+            large = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+            lines, _ = cv2.findContours(large, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+            tile = cv2.drawContours(tile, lines, -1, color, 1)
+        tiles.append(tile)
+    return np.hstack(tiles)
+
+# %% ../nbs/04_plots.ipynb #0b3b76ff
 def show_history(
     history: pd.DataFrame,  # one row per epoch; columns epoch, *_loss, and scores valid_* in 0..1
     ax: Axes | None = None,  # where to draw; None makes a figure

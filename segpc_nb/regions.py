@@ -6,7 +6,7 @@
 __all__ = ['resize_window', 'resize_part', 'picture_window', 'crop_regions', 'paste_region', 'match_nuclei', 'jitter_nucleus',
            'CellRegions']
 
-# %% ../nbs/08_regions.ipynb #60435357
+# %% ../nbs/08_regions.ipynb #8214b52e
 from collections.abc import Callable
 
 import cv2
@@ -19,7 +19,7 @@ from .cells import Cell, intersections, window
 from .images import equalize_histogram
 from .scales import nucleus_box, region_box
 
-# %% ../nbs/08_regions.ipynb #b64afff0
+# %% ../nbs/08_regions.ipynb #d0b81b72
 def resize_window(
     values: np.ndarray,  # (h, w) or (h, w, C); uint8 or float32
     shape: tuple[int, int],  # (height, width) that comes out, px
@@ -38,7 +38,7 @@ def resize_part(
     "Change the size of a mask: as a picture, then cut at one half."
     return resize_window(mask.astype(np.uint8) * 255, shape) > 127
 
-# %% ../nbs/08_regions.ipynb #f87a92a2
+# %% ../nbs/08_regions.ipynb #5e98ef52
 def picture_window(
     image: np.ndarray,  # (H, W, C) uint8
     box: tuple[int, int, int, int],  # top, left, bottom, right; px, may stick out anywhere
@@ -71,7 +71,7 @@ def crop_regions(
         crop[3] = resize_part(window(nucleus, boxes[-1])[0], (side, side))
     return crops, boxes
 
-# %% ../nbs/08_regions.ipynb #9fd4952a
+# %% ../nbs/08_regions.ipynb #820ab92a
 def paste_region(
     probability: np.ndarray,  # (side, side) float32, 0..1
     box: tuple[int, int, int, int],  # where the crop came from, may stick out of the picture
@@ -85,7 +85,7 @@ def paste_region(
     full = resize_window(probability, (bottom - top, right - left))
     return full[inside[0] - top : inside[2] - top, inside[1] - left : inside[3] - left], inside
 
-# %% ../nbs/08_regions.ipynb #1f6a20ac
+# %% ../nbs/08_regions.ipynb #85cd01a6
 def match_nuclei(
     predicted: list[Cell],
     truth: list[Cell],
@@ -99,7 +99,7 @@ def match_nuclei(
     shared[shared <= overlap * np.minimum(areas[0][:, None], areas[1][None])] = 0
     return [truth[row.argmax()] if row.any() else None for row in shared]
 
-# %% ../nbs/08_regions.ipynb #bde66ec0
+# %% ../nbs/08_regions.ipynb #ba91ca74
 def jitter_nucleus(
     nucleus: np.ndarray,  # (h, w) bool
     rng: np.random.Generator,
@@ -116,7 +116,7 @@ def jitter_nucleus(
     result = (cv2.dilate if change > 0 else cv2.erode)(result, disc, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     return result.astype(bool) if result.any() else nucleus
 
-# %% ../nbs/08_regions.ipynb #e7bb050c
+# %% ../nbs/08_regions.ipynb #44dc898d
 class CellRegions(Dataset):
     "Crops of one scale around nuclei, and the whole cell in each: what a cytoplasm network is trained on."
 
@@ -165,6 +165,7 @@ class CellRegions(Dataset):
         masks = tv_tensors.Mask(torch.from_numpy(np.stack([nucleus, self.targets[index]]).astype(np.uint8)))
         if self.transform:
             image, masks = self.transform(image, masks)
-        inner = slice(self.margin, self.margin + self.size)
+        margin = (image.shape[-1] - self.size) // 2  # the transform may have cut it off
+        inner = slice(margin, margin + self.size)
         image, masks = image[:, inner, inner], masks[:, inner, inner].float()
         return torch.cat([image / 255, masks[:1]]), masks[1:]

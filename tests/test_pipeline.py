@@ -13,7 +13,8 @@ from scipy import ndimage
 from segpc_nb.aggregation import single_scale
 from segpc_nb.cells import cell_from_parts, iou_table
 from segpc_nb.models import build_network, load_network
-from segpc_nb.pipeline import SELECTIONS, BundleConfig, Segmenter, aggregate, ask, find_nuclei, load_bundle, split_touching
+from segpc_nb.nuclei import find_nuclei, split_touching
+from segpc_nb.pipeline import SELECTIONS, BundleConfig, Segmenter, aggregate, ask, load_bundle
 
 SCALES = (0.5, 1.75, 2.6, 3.0)
 CONFIG = BundleConfig((96, 128), SCALES, (48, 48, 64, 64), (0.8, 2.5, 4.0))

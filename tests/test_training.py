@@ -1,9 +1,14 @@
 """Training: presets, resuming after a kill, losses against independent implementations."""
 
+import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +19,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from segpc_nb.augmentation import region_augmentation
+from segpc_nb.checkpoints import load_checkpoint, save_checkpoint
+from segpc_nb.config import PRESETS, TrainConfig
+from segpc_nb.losses import dice_loss, segmentation_loss
 from segpc_nb.models import build_network
-from segpc_nb.training import PRESETS, TrainConfig, dice_loss, epochs_since_best, fit, learning_rate, load_checkpoint, region_augmentation, segmentation_loss
+from segpc_nb.training import epochs_since_best, fit, learning_rate
 
 
 class Blobs(Dataset):
@@ -91,34 +100,204 @@ def test_finished_run_is_not_trained_again(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(
+SCRIPT = """
+import io, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_training import CONFIGS, Blobs, fit, with_dropout
+import torch
+
+folder, config, slow = Path(sys.argv[1]), CONFIGS[sys.argv[2]], float(sys.argv[3])
+real_save = torch.save
+
+def slow_save(state, file):  # a kill can fall between the two halves of a file
+    buffer = io.BytesIO()
+    real_save(state, buffer)
+    content = buffer.getvalue()
+    file.write(content[: len(content) // 2])
+    file.flush()
+    time.sleep(slow)
+    file.write(content[len(content) // 2 :])
+
+class Slow(Blobs):
+    def __getitem__(self, index):
+        time.sleep(slow / 20)
+        return super().__getitem__(index)
+
+torch.save = slow_save
+print("started", flush=True)
+network = with_dropout()
+fit(network, Slow(24, 3, (16, 16)), Blobs(4, 3, (16, 16)), config, folder)
+real_save(network.state_dict(), folder / "final.pt")
+"""
+
+
+def with_dropout():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(4, 1, 1))
+
+
+CONFIGS = {
+    "dropout": replace(TINY, ema_decay=0.5, schedule="cosine"),
+    "accumulated": replace(TINY, batch_size=2, accumulate=2, clip_norm=1.0, loss="focal+dice"),
+    "two processes": replace(TINY, batch_size=4, epochs=3),
+    "one process": replace(TINY, batch_size=8, epochs=3),
+}
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT.format(tests=str(Path(__file__).parent)), encoding="utf-8")
+    return path
+
+
+def begin(script, folder, name):
+    "A slow run in a process of its own, at the moment its training starts."
+    run = subprocess.Popen([sys.executable, script, folder, name, "0.4"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert run.stdout.readline() == "started\n"
+    return run
+
+
+def same_weights(a, b):
+    a, b = (torch.load(folder / "final.pt", weights_only=True) for folder in (a, b))
+    return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+
+
+@pytest.mark.parametrize(("name", "number"), [("dropout", signal.SIGTERM), ("accumulated", signal.SIGINT)])
+def test_a_stopped_run_saves_in_the_middle_of_an_epoch_and_resumes_to_the_same_bits(name, number, script, tmp_path):
+    subprocess.run([sys.executable, script, tmp_path / "whole", name, "0"], check=True)
+    stopped = begin(script, tmp_path / "stopped", name)
+    time.sleep(1.5)
+    stopped.send_signal(number)
+    assert stopped.wait() == (143 if number == signal.SIGTERM else -signal.SIGINT)  # as if nobody had caught it, but saved
+    progress = load_checkpoint(tmp_path / "stopped" / "latest.pt")["progress"]
+    assert len(progress["history"]) < 4 and progress["step"] > 0
+    subprocess.run([sys.executable, script, tmp_path / "stopped", name, "0"], check=True)
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_resumes_to_the_same_bits(script, tmp_path):
+    subprocess.run([sys.executable, script, tmp_path / "whole", "dropout", "0"], check=True)
+    rng, kills, epochs = np.random.default_rng(0), 0, 0
+    while kills < 10:
+        run = begin(script, tmp_path / "killed", "dropout")
+        time.sleep(rng.uniform(0, 3.5))  # an epoch takes half a second, its two files 0.8
+        assert run.poll() is None, "finished before ten kills"
+        run.kill()
+        run.wait()
+        kills += 1
+        latest = tmp_path / "killed" / "latest.pt"
+        found = len(load_checkpoint(latest)["progress"]["history"]) if latest.exists() else 0
+        assert found >= epochs  # nothing that was saved is lost
+        epochs = found
+        if epochs >= 3:
+            shutil.rmtree(tmp_path / "killed")
+            epochs = 0
+    subprocess.run([sys.executable, script, tmp_path / "killed", "dropout", "0"], check=True)
+    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_two_processes_give_the_loss_curve_of_one(tmp_path):
+    """Without dropout, augmentation and running statistics, which each process has for itself."""
+    path = tmp_path / "train.py"
+    path.write_text(
         textwrap.dedent(f"""
-        import os, sys
+        import sys
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_training import Blobs, TINY, tiny, fit
-        import segpc_nb.training as training
-        written = []
-        real = training.save_checkpoint
-        def save(path, state):
-            written.append(path)
-            if len(written) == int(sys.argv[2]):
-                os.kill(os.getpid(), 9)
-            real(path, state)
-        training.save_checkpoint = save
-        fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, Path(sys.argv[1]))
+        from test_training import CONFIGS, Blobs, fit
+        import torch
+        from torch import nn
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 1))
+        fit(network, Blobs(24, 3, (16, 16)), Blobs(5, 3, (16, 16)), CONFIGS[sys.argv[2]], Path(sys.argv[1]))
         """),
         encoding="utf-8",
     )
-    for writes in (3, 4):  # killed before best.pt and before latest.pt of the second epoch
-        subprocess.run([sys.executable, script, tmp_path / f"killed_{writes}", str(writes)], check=False)
-        assert len(pd.read_csv(tmp_path / f"killed_{writes}" / "history.csv")) < 4
-        resumed, whole = tiny(), tiny()
-        fit(resumed, Blobs(8, 3, (16, 16)), None, TINY, tmp_path / f"killed_{writes}")
-        fit(whole, Blobs(8, 3, (16, 16)), None, TINY, tmp_path / f"whole_{writes}")
-        assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values()))
+    settings = {"check": True, "capture_output": True, "env": os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*torchrun, path, tmp_path / "two", "two processes"], **settings)
+    subprocess.run([sys.executable, path, tmp_path / "one", "one process"], **settings)
+    two, one = (pd.read_csv(tmp_path / name / "history.csv") for name in ("two", "one"))
+    for column in ("train_loss", "valid_loss", "valid_iou"):
+        np.testing.assert_allclose(two[column], one[column], rtol=1e-5)
+    weights = [load_checkpoint(tmp_path / name / "best.pt")["network"] for name in ("two", "one")]
+    for a, b in zip(*(state.values() for state in weights), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+class Noisy(Blobs):
+    "Another picture each time."
+
+    def __getitem__(self, index):
+        image, target = super().__getitem__(index)
+        return image + torch.rand(image.shape), target
+
+
+def test_workers_change_nothing(tmp_path):
+    networks = [tiny(), tiny()]
+    for workers, network in zip((0, 2), networks):
+        fit(network, Noisy(8, 3, (16, 16)), None, TINY, tmp_path / str(workers), workers=workers)
+    assert all(torch.equal(a, b) for a, b in zip(*(network.state_dict().values() for network in networks)))
+
+
+class Broken(Blobs):
+    "No numbers in the second epoch of a run."
+
+    def __getitem__(self, index):
+        image, target = super().__getitem__(index)
+        return image * float("nan"), target
+
+
+def test_a_loss_that_is_no_number_is_refused_and_the_checkpoint_kept(tmp_path):
+    fit(tiny(), Blobs(8, 3, (16, 16)), None, replace(TINY, epochs=1), tmp_path)
+    longer = replace(TINY, epochs=2)
+    save_checkpoint(tmp_path / "latest.pt", load_checkpoint(tmp_path / "latest.pt") | {"config": json.dumps(asdict(longer))})
+    before = (tmp_path / "latest.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"the loss of epoch 1 is nan.*clip_norm"):
+        fit(tiny(), Broken(8, 3, (16, 16)), None, longer, tmp_path)
+    assert (tmp_path / "latest.pt").read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "latest.pt", {"epoch": 1})
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"latest.pt: not written .No space left on device.; the checkpoint before it is kept"):
+        save_checkpoint(tmp_path / "latest.pt", {"epoch": 2})
+    assert load_checkpoint(tmp_path / "latest.pt") == {"epoch": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["latest.pt"]
+
+
+def test_resume_never_starts_over_and_nonsense_is_refused(tmp_path):
+    first = fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path)
+    again = fit(tiny(), Blobs(8, 3, (16, 16)), None, replace(TINY, lr=1e-3), tmp_path, resume_from="never")
+    assert len(first) == len(again) == 4 and first.train_loss.iloc[-1] != again.train_loss.iloc[-1]
+    with pytest.raises(ValueError, match="resume_from = 'yes', allowed: 'auto', 'never'"):
+        fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path, resume_from="yes")
+
+
+def test_bf16_and_back_in_one_session(tmp_path):
+    half = fit(tiny(), Blobs(8, 3, (16, 16)), None, replace(TINY, mixed_precision="bf16"), tmp_path / "half")
+    full = fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path / "full")
+    assert half.train_loss.iloc[0] == pytest.approx(full.train_loss.iloc[0], rel=0.02) and not np.array_equal(half.train_loss, full.train_loss)
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    history = fit(tiny(), Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), TINY, tmp_path, log_with=("tensorboard",))
+    (events,) = tmp_path.rglob("events.out*")
+    found = reader.EventAccumulator(str(events.parent))
+    found.Reload()
+    logged = {tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    for column in ("train_loss", "valid_loss", "valid_iou"):
+        assert logged[column] == pytest.approx(history[column].tolist(), rel=1e-6)
 
 
 def test_region_augmentation_moves_image_and_masks_together():
@@ -129,7 +308,7 @@ def test_region_augmentation_moves_image_and_masks_together():
     mask = (image[:1] > 0).to(torch.uint8).repeat(2, 1, 1)
     torch.manual_seed(0)
     for _ in range(10):
-        moved, masks = region_augmentation()(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        moved, masks = region_augmentation(40)(tv_tensors.Image(image), tv_tensors.Mask(mask))
         bright = moved.float().mean(0) > 60
         shared = (bright & (masks[0] > 0)).sum() / (bright | (masks[0] > 0)).sum()
         assert shared > 0.85 and torch.equal(masks[0], masks[1])

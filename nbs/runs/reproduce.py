@@ -48,7 +48,7 @@ def main():
     parser.add_argument("--out", default="", help="folder for all results (default: runs/PRESET)")
     parser.add_argument("--jobs", type=int, default=1, help="scales trained at the same time (default: 1)")
     chosen = parser.parse_args()
-    from segpc_nb.training import PRESETS
+    from segpc_nb.config import PRESETS
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     out = Path(chosen.out or f"runs/{chosen.preset}").resolve()
