@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint', 'StopRequest', 'data_hash', 'git_commit', 'peak_memory', 'write_manifest']
 
-# %% ../nbs/11_checkpoints.ipynb #a1dba84f
+# %% ../nbs/11_checkpoints.ipynb #02cfe086
 import hashlib
 import json
 import os
@@ -13,7 +13,6 @@ import platform
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -28,7 +27,7 @@ try:
 except ImportError:  # Windows has none
     resource = None
 
-# %% ../nbs/11_checkpoints.ipynb #22921539
+# %% ../nbs/11_checkpoints.ipynb #ecce7a5f
 def save_checkpoint(
     path: Path,  # where it shall stand
     state: dict,  # tensors, numbers, strings and containers of them
@@ -56,7 +55,7 @@ def load_checkpoint(
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of a training run ({str(error).splitlines()[0]}); delete it to train from the start") from error
 
-# %% ../nbs/11_checkpoints.ipynb #ed14b2a4
+# %% ../nbs/11_checkpoints.ipynb #baa3e688
 class StopRequest:
     "Inside its `with` block SIGINT and SIGTERM only leave a note; they take effect at its end."
 
@@ -84,7 +83,7 @@ class StopRequest:
         if self.signal is not None and kind is None:
             self._leave()
 
-# %% ../nbs/11_checkpoints.ipynb #0d6e095f
+# %% ../nbs/11_checkpoints.ipynb #7fd4f2d9
 def data_hash(
     files: Iterable[Path],  # pictures and masks
 ) -> str:  # 64 hexadecimal digits

@@ -6,7 +6,7 @@
 __all__ = ['STAGE_TWO_THRESHOLD', 'Split', 'split_samples', 'train_network', 'nucleus_stage', 'train_nucleus', 'region_sets',
            'train_cytoplasm']
 
-# %% ../nbs/14_stages.ipynb #616b8de9
+# %% ../nbs/14_stages.ipynb #b1123a03
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,10 +25,9 @@ from .models import build_network, save_network
 from .pipeline import BundleConfig, Segmenter
 from .regions import CellRegions
 from .sampling import seed_everything
-from .synthetic import default_data
 from .training import fit
 
-# %% ../nbs/14_stages.ipynb #09d463f4
+# %% ../nbs/14_stages.ipynb #d9d2df1e
 @dataclass(frozen=True)
 class Split:
     "The parts of a data set."
@@ -49,7 +48,7 @@ def split_samples(
     valid, *rest = fold_samples(samples, 6, seed=0)
     return Split([sample for fold in rest for sample in fold], valid, holdout)
 
-# %% ../nbs/14_stages.ipynb #e5eb62f3
+# %% ../nbs/14_stages.ipynb #86327a97
 def train_network(
     config: TrainConfig,
     train_set: Dataset,  # (input, target) samples, random changes included
@@ -58,7 +57,7 @@ def train_network(
     samples: Iterable[Sample],  # whose files make the data's hash
     seed: int,  # of the first weights
     facts: dict,  # for the manifest
-    **settings,  # of `training.fit`: workers, resume_from, log_with, live
+    **settings,  # of `training.fit`: workers, resume, log_with, live
 ) -> tuple[torch.nn.Module, pd.DataFrame]:  # with the best weights, on the CPU; one row per epoch
     "Train one network and store it in `folder/weights`."
     seed_everything(seed)
@@ -72,7 +71,7 @@ def train_network(
         write_manifest(folder / "manifest.json", files, config=asdict(config), seed=seed, **times, **facts)
     return network, history
 
-# %% ../nbs/14_stages.ipynb #4e90cff0
+# %% ../nbs/14_stages.ipynb #33b35c25
 STAGE_TWO_THRESHOLD = 0.4  # probability above it is nucleus, for the nuclei that stage two learns from
 
 
@@ -90,7 +89,7 @@ def train_nucleus(
     data: Path,  # folder of the data set
     out: Path,  # gets nucleus/
     epochs: int = 0,  # overrides the preset where above 0
-    **settings,  # of `training.fit`: workers, resume_from, log_with, live
+    **settings,  # of `training.fit`: workers, resume, log_with, live
 ) -> tuple[torch.nn.Module, pd.DataFrame]:  # the network and its history
     "Train the nucleus network, and predict the nuclei that stage two will train on."
     setting, split, folder = PRESETS[preset], split_samples(data), Path(out) / "nucleus"
@@ -111,19 +110,21 @@ def train_nucleus(
     PartialState().wait_for_everyone()
     return trained["main"]
 
-# %% ../nbs/14_stages.ipynb #4fe65802
+# %% ../nbs/14_stages.ipynb #e01756fb
 def region_sets(
     config: TrainConfig,
     split: Split,
     scale: float,
     nuclei: dict,  # predicted nuclei of each picture
     jittered: bool,  # train on jittered true nuclei instead
+    cache: Path | None = None,  # folder that keeps the crops; None keeps them in memory
 ) -> tuple[CellRegions, CellRegions]:  # for training and for validation
     "The crops of one scale."
     augment = region_augmentation(config.size[0], elastic=config.elastic) if config.augment else None
     source = {"jitter": True} if jittered else {"missed": True}
-    train_set = CellRegions(split.train, None if jittered else nuclei, scale, config.size[0], augment, equalize=config.equalize, **source)
-    return train_set, CellRegions(split.valid, nuclei, scale, config.size[0], equalize=config.equalize)
+    common = {"scale": scale, "size": config.size[0], "equalize": config.equalize, "cache": cache}
+    train_set = CellRegions(split.train, None if jittered else nuclei, transform=augment, **source, **common)
+    return train_set, CellRegions(split.valid, nuclei, **common)
 
 
 def train_cytoplasm(
@@ -132,7 +133,8 @@ def train_cytoplasm(
     out: Path,  # folder that `train_nucleus` filled; gets cytoplasm_SCALE/
     scale: float,  # the crop is 1 + scale times the box of the nucleus
     epochs: int = 0,  # overrides the preset where above 0
-    **settings,  # of `training.fit`: workers, resume_from, log_with, live
+    cache: Path | None = None,  # folder that keeps the crops; None keeps them in memory
+    **settings,  # of `training.fit`: workers, resume, log_with, live
 ) -> tuple[torch.nn.Module, pd.DataFrame, CellRegions]:  # the network, its history, the validation crops
     "Train the cytoplasm network of one scale."
     setting, split, folder = PRESETS[preset], split_samples(data), Path(out) / f"cytoplasm_{scale}"
@@ -141,6 +143,6 @@ def train_cytoplasm(
     config = setting.cytoplasm[scale]
     config = replace(config, epochs=epochs or config.epochs)
     nuclei = read_masks(Path(out) / "nucleus" / "nuclei")
-    train_set, valid_set = region_sets(config, split, scale, nuclei, setting.nuclei == "jittered")
+    train_set, valid_set = region_sets(config, split, scale, nuclei, setting.nuclei == "jittered", cache)
     facts, seed = {"preset": preset, "scale": scale}, config.seed + round(100 * scale)
     return *train_network(config, train_set, valid_set, folder, split.train, seed, facts, **settings), valid_set

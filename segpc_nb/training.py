@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WARM_UP', 'PLATEAU_EPOCHS', 'PLATEAU_FACTOR', 'validate', 'learning_rate', 'channels_last', 'moving_average',
-           'Progress', 'epochs_since_best', 'resume', 'Run', 'stop_agreed', 'train_epoch', 'share_statistics',
+           'Progress', 'epochs_since_best', 'saved_state', 'Run', 'stop_agreed', 'train_epoch', 'share_statistics',
            'same_bits', 'show_live', 'write_strip', 'fit']
 
-# %% ../nbs/11_training.ipynb #867fc142
+# %% ../nbs/11_training.ipynb #8209a168
 import json
 import math
 import sys
@@ -35,7 +35,7 @@ from .losses import segmentation_loss
 from .plots import sample_strip, show_history
 from .sampling import Batches, Seeded, derived_seed
 
-# %% ../nbs/11_training.ipynb #a6778e41
+# %% ../nbs/11_training.ipynb #6418fe6e
 @torch.inference_mode()
 def validate(
     network: torch.nn.Module,  # gives logits
@@ -57,7 +57,7 @@ def validate(
     total, samples, common, joint = accelerator.reduce(sums, "sum").tolist()
     return {"valid_loss": total / max(samples, 1), "valid_iou": common / max(joint, 1)}
 
-# %% ../nbs/11_training.ipynb #460111af
+# %% ../nbs/11_training.ipynb #0693e429
 WARM_UP = 0.05  # share of the run in which the step size rises
 PLATEAU_EPOCHS, PLATEAU_FACTOR = 7, 0.1  # the parent network's ReduceLROnPlateau
 
@@ -79,7 +79,7 @@ def learning_rate(
             rate, waited = rate * PLATEAU_FACTOR, 0
     return rate
 
-# %% ../nbs/11_training.ipynb #5da5bbee
+# %% ../nbs/11_training.ipynb #03eebff4
 def channels_last(
     network: torch.nn.Module,  # changed in place
 ) -> torch.nn.Module:  # the same
@@ -89,7 +89,7 @@ def channels_last(
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return network
 
-# %% ../nbs/11_training.ipynb #8041c424
+# %% ../nbs/11_training.ipynb #0bcacbb2
 def moving_average(
     network: torch.nn.Module,  # to be averaged
     decay: float,  # weight of the past per step; 0 gives None
@@ -97,7 +97,7 @@ def moving_average(
     "The exponential moving average of a network's weights and statistics."
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
 
-# %% ../nbs/11_training.ipynb #e45f5764
+# %% ../nbs/11_training.ipynb #602a2043
 @dataclass
 class Progress:
     "How far a run has come."
@@ -116,8 +116,8 @@ def epochs_since_best(
     overlaps = [row.get("valid_iou", row["epoch"]) for row in history]
     return len(overlaps) - 1 - int(np.argmax(overlaps)) if overlaps else 0
 
-# %% ../nbs/11_training.ipynb #9d3a0c45
-def resume(
+# %% ../nbs/11_training.ipynb #a586df41
+def saved_state(
     folder: Path,  # of the run
     config: TrainConfig,  # of the run that wants to continue
 ) -> dict:  # the state of `latest.pt`; empty where nothing was begun
@@ -130,10 +130,10 @@ def resume(
     differ = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     if differ:
         found = ", ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} now" for name in differ)
-        raise ValueError(f"{folder} holds a run of another configuration ({found}); choose another folder, or start over with resume_from='never'")
+        raise ValueError(f"{folder} holds a run of another configuration ({found}); choose another folder, or start over with resume='never'")
     return state
 
-# %% ../nbs/11_training.ipynb #7f9d11e5
+# %% ../nbs/11_training.ipynb #c177d69d
 class Run:
     "One training between two steps: all that changes, and the folder where it is kept."
 
@@ -142,14 +142,14 @@ class Run:
         network: torch.nn.Module,  # gives logits
         config: TrainConfig,
         folder: Path,  # gets latest.pt, best.pt, history.csv and config.json
-        resume_from: str = "auto",  # "auto" continues what the folder holds, "never" starts over
+        resume: str = "auto",  # "auto" continues what the folder holds, "never" starts over
         log_with: tuple[str, ...] = (),  # trackers of accelerate: "tensorboard", "mlflow", ...
     ):
-        if resume_from not in ("auto", "never"):
-            raise ValueError(f"resume_from = {resume_from!r}, allowed: 'auto', 'never'")
+        if resume not in ("auto", "never"):
+            raise ValueError(f"resume = {resume!r}, allowed: 'auto', 'never'")
         AcceleratorState._reset_state()  # a session may train with one precision after the other
         self.config, self.folder, self.bare = config, Path(folder), network
-        state = resume(folder, config) if resume_from == "auto" else {}
+        state = saved_state(folder, config) if resume == "auto" else {}
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=list(log_with) or None, project_dir=folder)
         self.accelerator.init_trackers("segpc_nb", {name: str(value) for name, value in asdict(config).items()})
         channels_last(network.to(self.accelerator.device))
@@ -179,7 +179,7 @@ class Run:
         states = {name: part.state_dict() for name, part in self.parts.items()}
         save_checkpoint(self.folder / "latest.pt", {"config": text, "progress": asdict(self.progress), **states})
 
-# %% ../nbs/11_training.ipynb #bd8d9867
+# %% ../nbs/11_training.ipynb #937fdb32
 def stop_agreed(
     stop: StopRequest | None,  # of this process
     accelerator: Accelerator,
@@ -226,7 +226,7 @@ def train_epoch(
             return None
     return (accelerator.reduce(total, "mean") / steps).item()
 
-# %% ../nbs/11_training.ipynb #cc220a61
+# %% ../nbs/11_training.ipynb #26909859
 def share_statistics(
     network: torch.nn.Module,
     accelerator: Accelerator,
@@ -251,7 +251,7 @@ def same_bits(
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
-# %% ../nbs/11_training.ipynb #a3939d20
+# %% ../nbs/11_training.ipynb #b1989399
 def show_live(
     history: list[dict],
     handle=None,  # what the call before returned
@@ -286,7 +286,7 @@ def write_strip(
     found, true = (1 - logits.softmax(1)[:, 0], targets > 0) if classes else (logits[:, 0].sigmoid(), targets[:, 0] > 0.5)
     write_image(path, sample_strip(images[:, :3].numpy(), true.numpy(), (found > 0.5).numpy()))
 
-# %% ../nbs/11_training.ipynb #6454e3e3
+# %% ../nbs/11_training.ipynb #2a9d8cc8
 def fit(
     network: torch.nn.Module,  # gives logits; its weights are changed
     train_set: Dataset,  # (input, target) samples, random changes included
@@ -294,12 +294,12 @@ def fit(
     config: TrainConfig,  # what to do
     folder: Path,  # gets checkpoints, config.json, history.csv, curves.png and samples/
     workers: int = 0,  # processes that load data
-    resume_from: str = "auto",  # "auto" continues what the folder holds, "never" starts over
+    resume: str = "auto",  # "auto" continues what the folder holds, "never" starts over
     log_with: tuple[str, ...] = (),  # trackers of accelerate: "tensorboard", "mlflow", ...
     live: bool = True,  # redraw the curve under the cell after each epoch, in Jupyter
 ) -> pd.DataFrame:  # one row per epoch: losses, overlap, step size, seconds
     "Train one network, or continue where the folder's checkpoint stands; the network ends with the best weights."
-    run, loss, curve = Run(network, config, folder, resume_from, log_with), segmentation_loss(config.loss, config.positive_weight), None
+    run, loss, curve = Run(network, config, folder, resume, log_with), segmentation_loss(config.loss, config.positive_weight), None
     accelerator, on_cpu = run.accelerator, run.accelerator.device.type == "cpu"
     rank, processes, loading = accelerator.process_index, accelerator.num_processes, {"num_workers": workers, "pin_memory": not on_cpu}
     batches = Batches(len(train_set), config.batch_size, config.seed, processes, rank)

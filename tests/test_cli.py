@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from segpc_nb import cli, keras_weights, pipeline, released
+from segpc_nb import cli, config, keras_weights, pipeline, released
 from segpc_nb.cells import cell_from_parts
 from segpc_nb.exports import read_cells_csv, read_results, read_submission, write_masks
 from segpc_nb.images import read_mask, write_image
@@ -116,18 +116,57 @@ def test_predicting_again_replaces_and_keeps(smears):
     read_results(smears / "out")  # every mask has its row
 
 
-def test_a_stopped_run_leaves_whole_results(smears, monkeypatch):
+def test_a_stopped_run_leaves_whole_results(smears, monkeypatch, capsys):
     class Stopping:
-        def segment(self, image, select):
+        config = STUB.config
+
+        def segment(self, image, select, nucleus_px):
             if (smears / "out/y").exists():
                 raise KeyboardInterrupt
-            return STUB.segment(image, select)
+            return STUB.segment(image, select, nucleus_px=nucleus_px)
 
     monkeypatch.setattr(pipeline, "load_bundle", lambda folder, device="cpu": Stopping())
-    with pytest.raises(KeyboardInterrupt):
-        run("predict", "x", "--out", "out", "--bundle", "b")
+    assert run("predict", "x", "--out", "out", "--bundle", "b") == 130
+    assert capsys.readouterr().err == "segpc: stopped\n"
     cells, _ = read_results(smears / "out")
     assert list(cells) == ["7_a"]
+
+
+def test_the_size_of_nuclei_is_passed_on(smears, monkeypatch, capsys):
+    given = []
+
+    class Listening:
+        config = STUB.config
+
+        def segment(self, image, select, nucleus_px):
+            given.append(nucleus_px)
+            return STUB.segment(image, select)
+
+    monkeypatch.setattr(pipeline, "load_bundle", lambda folder, device="cpu": Listening())
+    monkeypatch.setattr(pipeline, "estimate_nucleus_px", lambda segmenter, image, pixel_um: 33.0)
+    assert run("predict", "x/10.bmp", "--out", "out", "--bundle", "b") == 0
+    assert run("predict", "x/10.bmp", "--out", "out", "--bundle", "b", "--nucleus-px", "21") == 0
+    assert given == [33.0, 21.0]
+    assert run("predict", "x", "--out", "out2", "--bundle", "b", "--nucleus-px", "21", "--preset", "released") == 2
+    assert "--nucleus-px 21.0 does not go with --preset released" in capsys.readouterr().err
+
+
+def test_training_needs_its_first_stage(smears, capsys):
+    assert run("train", "cytoplasm", "--out", "runs", "--data", "truth") == 2
+    assert "run `segpc train nucleus` with the same --out first" in capsys.readouterr().err
+
+
+def test_training_by_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("synth", "smears", "--pictures", "14") == 0
+    words = ("--out", "mine", "--preset", "smoke", "--data", "smears", "--epochs", "1")
+    assert run("train", "nucleus", *words) == 0
+    assert run("train", "cytoplasm", *words, "--scale", "0.5", "--cache", "crops") == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["mine/nucleus/main", "mine/cytoplasm_0.5"]
+    assert load_network("mine/cytoplasm_0.5/weights").config["in_channels"] == 4
+    assert len(list((tmp_path / "crops").glob("*.npy"))) == 2
+    assert run("train", "nucleus", *words[:-1], "2") == 2  # another configuration in the same folder
+    assert "epochs: 1 there, 2 now" in capsys.readouterr().err
 
 
 def test_a_picture_without_cells_has_no_rows_and_can_be_scored(smears, capsys):
@@ -206,7 +245,8 @@ def test_no_bundle_says_how_to_make_one(tmp_path):
 
 def test_words_are_those_of_the_pipeline():
     assert cli.SELECT == SELECTIONS
-    assert list(inspect.signature(cli.predict).parameters) == ["pictures", "out", "bundle", "select", "device", "preset"]
+    assert list(inspect.signature(cli.predict).parameters) == ["pictures", "out", "bundle", "select", "device", "preset", "nucleus_px"]
+    assert cli.TRAINING == tuple(config.PRESETS)
     assert cli.PRESET == ("project", *PRESETS)
 
 

@@ -216,10 +216,10 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path):
         """),
         encoding="utf-8",
     )
-    settings = {"check": True, "capture_output": True, "env": os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}}
+    settings = {"capture_output": True, "env": os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*torchrun, path, tmp_path / "two", "two processes"], **settings)
-    subprocess.run([sys.executable, path, tmp_path / "one", "one process"], **settings)
+    subprocess.run([*torchrun, path, tmp_path / "two", "two processes"], check=True, **settings)
+    subprocess.run([sys.executable, path, tmp_path / "one", "one process"], check=True, **settings)
     two, one = (pd.read_csv(tmp_path / name / "history.csv") for name in ("two", "one"))
     for column in ("train_loss", "valid_loss", "valid_iou"):
         np.testing.assert_allclose(two[column], one[column], rtol=1e-5)
@@ -277,10 +277,10 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_resume_never_starts_over_and_nonsense_is_refused(tmp_path):
     first = fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path)
-    again = fit(tiny(), Blobs(8, 3, (16, 16)), None, replace(TINY, lr=1e-3), tmp_path, resume_from="never")
+    again = fit(tiny(), Blobs(8, 3, (16, 16)), None, replace(TINY, lr=1e-3), tmp_path, resume="never")
     assert len(first) == len(again) == 4 and first.train_loss.iloc[-1] != again.train_loss.iloc[-1]
-    with pytest.raises(ValueError, match="resume_from = 'yes', allowed: 'auto', 'never'"):
-        fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path, resume_from="yes")
+    with pytest.raises(ValueError, match="resume = 'yes', allowed: 'auto', 'never'"):
+        fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path, resume="yes")
 
 
 def test_bf16_and_back_in_one_session(tmp_path):
