@@ -6,7 +6,7 @@ DATA ?=
 OUT ?= runs/$(PRESET)
 BIN := .venv/bin
 
-.PHONY: help setup reproduce test test-slow sync readme lab clean
+.PHONY: help setup reproduce test test-slow sync readme bundle lab clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,10 @@ sync: setup  ## are notebooks clean, and do the modules stand as the notebooks e
 
 readme: setup  ## README.md from nbs/index.ipynb
 	$(BIN)/python nbs/readme.py
+
+bundle: setup  ## the networks of runs/light become those of the package
+	rm -rf segpc_nb/bundle/nucleus segpc_nb/bundle/cytoplasm_*
+	cp -r runs/light/bundle/. segpc_nb/bundle/
 
 lab: setup  ## open the chapters and runs in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -32,7 +32,6 @@ def smears(tmp_path, monkeypatch):
     "Two drawn pictures with annotation, and a pipeline of arithmetic in place of a bundle."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "load_bundle", lambda folder, device="cpu": STUB)
-    monkeypatch.setattr(cli, "choose_bundle", lambda bundle: bundle)
     rows, columns = np.mgrid[:60, :80]
     for id, places in {"7_a": [(20, 20, 15)], "10": [(30, 25, 11), (30, 60, 15)]}.items():
         picture, cells = np.full((60, 80, 3), (232, 215, 225), np.uint8), []
@@ -232,11 +231,13 @@ def test_wrong_words_end_with_2_and_one_line(smears, capsys, words, message):
     assert not (smears / "out").exists()
 
 
-def test_no_bundle_says_how_to_make_one(tmp_path):
-    with pytest.raises(ValueError, match="make reproduce"):
-        cli.choose_bundle(None, tmp_path)
-    (tmp_path / "bundle.json").write_text("{}")
-    assert cli.choose_bundle(None, tmp_path) == tmp_path
+def test_no_bundle_says_how_to_make_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "SHIPPED", tmp_path)
+    write_image(tmp_path / "a.png", np.full((60, 80, 3), 230, np.uint8))
+    assert run("predict", tmp_path / "a.png", "--out", tmp_path / "out") == 2
+    assert "make reproduce" in capsys.readouterr().err
+    assert run("predict", tmp_path / "a.png", "--out", tmp_path / "out", "--preset", "released") == 2
+    assert "--preset released needs --bundle" in capsys.readouterr().err
     with pytest.raises(ValueError, match="holds no bundle"):
         pipeline.load_bundle(tmp_path / "nothing")
     with pytest.raises(ValueError, match="'cpu' always works"):
