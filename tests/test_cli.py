@@ -7,10 +7,14 @@ import sys
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
+import shapely
+import tifffile
 import torch
+from pycocotools.coco import COCO
 
-from segpc_nb import cli, config, keras_weights, pipeline, released
+from segpc_nb import cli, config, formats, keras_weights, pipeline, released
 from segpc_nb.cells import cell_from_parts
 from segpc_nb.exports import read_cells_csv, read_results, read_submission, write_masks
 from segpc_nb.images import read_mask, write_image
@@ -150,6 +154,33 @@ def test_the_size_of_nuclei_is_passed_on(smears, monkeypatch, capsys):
     assert "--nucleus-px 21.0 does not go with --preset released" in capsys.readouterr().err
 
 
+def test_exports_are_read_back_by_others(smears, capsys):
+    assert run("predict", "x", "--out", "out", "--bundle", "b") == 0
+    cells, shapes = read_results(smears / "out")
+    assert run("export", "--pred", "out", "--to", "coco", "--out", "cells.json") == 0
+    coco = COCO(str(smears / "cells.json"))
+    for image in coco.imgs.values():
+        id = image["file_name"].removesuffix(".png")
+        found = {(note["cell"], note["category_id"]): coco.annToMask(note) > 0 for note in coco.loadAnns(coco.getAnnIds(image["id"]))}
+        for k, cell in enumerate(cells[id], 1):
+            top, left, bottom, right = cell.bbox
+            assert np.array_equal(found[k, 1][top:bottom, left:right], cell.mask) and found[k, 1].sum() == cell.area
+            assert np.array_equal(found[k, 2][top:bottom, left:right], cell.nucleus)
+    assert run("export", "--pred", "out", "--to", "labels", "--out", "labels", "--pixel-size", "0.1") == 0
+    assert tifffile.imread(smears / "labels/10.tif").shape == (2, *shapes["10"])
+    assert run("export", "--pred", "out", "--to", "table", "--out", "cells.parquet", "--pictures", "x", "--pixel-size", "0.1") == 0
+    table = pd.read_parquet(smears / "cells.parquet")
+    assert np.allclose(table.cell_um2, 0.01 * table.cell_area) and (table.nucleus_blue < 140).all()
+    assert run("export", "--pred", "out", "--to", "geojson", "--out", "qupath") == 0
+    features = json.loads((smears / "qupath/10.geojson").read_text())["features"]
+    for feature, cell in zip(features, cells["10"], strict=True):
+        assert shapely.geometry.shape(feature["geometry"]).area == pytest.approx(cell.area, rel=0.03)
+        assert shapely.geometry.shape(feature["nucleusGeometry"]).area == pytest.approx(cell.nucleus.sum(), rel=0.03)
+    capsys.readouterr()
+    assert run("export", "--pred", "out", "--to", "table", "--out", "t.csv", "--pictures", "x/10.bmp") == 2
+    assert "no picture for 7_a" in capsys.readouterr().err
+
+
 def test_training_needs_its_first_stage(smears, capsys):
     assert run("train", "cytoplasm", "--out", "runs", "--data", "truth") == 2
     assert "run `segpc train nucleus` with the same --out first" in capsys.readouterr().err
@@ -247,7 +278,7 @@ def test_no_bundle_says_how_to_make_one(tmp_path, monkeypatch, capsys):
 def test_words_are_those_of_the_pipeline():
     assert cli.SELECT == SELECTIONS
     assert list(inspect.signature(cli.predict).parameters) == ["pictures", "out", "bundle", "select", "device", "preset", "nucleus_px"]
-    assert cli.TRAINING == tuple(config.PRESETS)
+    assert cli.TRAINING == tuple(config.PRESETS) and cli.EXPORTS == formats.FORMATS
     assert cli.PRESET == ("project", *PRESETS)
 
 
