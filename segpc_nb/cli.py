@@ -7,7 +7,7 @@ __all__ = ['SELECT', 'EXPORTS', 'TRAINING', 'PRESET', 'earlier_results', 'predic
            'predicted_pictures', 'read_predicted', 'report', 'export', 'train', 'convert_keras', 'make_parser',
            'run_command', 'main']
 
-# %% ../nbs/15_cli.ipynb #fdde52fc
+# %% ../nbs/15_cli.ipynb #13389329
 import json
 import math
 import sys
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-# %% ../nbs/15_cli.ipynb #838fad39
+# %% ../nbs/15_cli.ipynb #76421bb3
 def earlier_results(
     out: Path,  # of `predict`
 ):  # DataFrame, what cells.csv holds so far
@@ -30,7 +30,7 @@ def earlier_results(
     write_cells_csv(table, {}, {})
     return cells_table({}, {})
 
-# %% ../nbs/15_cli.ipynb #68b8ae51
+# %% ../nbs/15_cli.ipynb #9c1a2612
 def predict(
     pictures: list[Path],  # files and folders
     out: Path,  # gets y/ID_K.png and cells.csv
@@ -82,7 +82,7 @@ def predict(
         write_bytes(out / "cells.csv", pd.concat(filled).to_csv(index=False, lineterminator="\n").encode())
     return failed
 
-# %% ../nbs/15_cli.ipynb #05833441
+# %% ../nbs/15_cli.ipynb #4617f95a
 def evaluate(
     truth: Path,  # folder that holds y/ with the annotation
     pred: Path,  # folder that holds y/ with the prediction, and cells.csv
@@ -120,7 +120,7 @@ def score_lines(
             lines.append(f"{name:<14}{text:>8}" + (f"  [{low:.4f}, {high:.4f}]" if None not in (low, high) else ""))
     return "\n".join(lines)
 
-# %% ../nbs/15_cli.ipynb #d22a1679
+# %% ../nbs/15_cli.ipynb #2ddc1b84
 def submit(
     pred: Path,  # folder of `predict`
     out: Path,  # .zip as the challenge takes it, or .txt
@@ -148,7 +148,7 @@ def synth(
         raise ValueError(f"--seed {seed}: allowed are 0 and more")
     return make_dataset(Path(out), pictures=pictures, seed=seed)
 
-# %% ../nbs/15_cli.ipynb #8ac0dc5f
+# %% ../nbs/15_cli.ipynb #800df8f1
 def predicted_pictures(
     pred: Path,  # folder of `predict`
     pictures: list[Path],  # files and folders
@@ -175,7 +175,7 @@ def read_predicted(
         raise ValueError(f"{path} has {image.shape[:2]} px, its masks have {tuple(shape)}; give the pictures that were predicted")
     return image
 
-
+# %% ../nbs/15_cli.ipynb #88838254
 def report(
     pred: Path,  # folder of `predict`
     pictures: list[Path],  # files and folders
@@ -196,7 +196,7 @@ def report(
     write_report(out, shown, annotated and {id: annotated.get(id, []) for id in files}, title, how, pixel_size)
     return Path(out)
 
-# %% ../nbs/15_cli.ipynb #edafd3c5
+# %% ../nbs/15_cli.ipynb #3bdd3bb9
 def export(
     pred: Path,  # folder of `predict`
     to: str,  # "coco", "geojson", "labels" or "table"
@@ -212,7 +212,7 @@ def export(
     images = {id: read_predicted(path, shapes[id]) for id, path in predicted_pictures(pred, pictures, shapes).items()} if pictures else None
     return export_cells(to, Path(out), cells, shapes, images, pixel_size)
 
-# %% ../nbs/15_cli.ipynb #ec724d1d
+# %% ../nbs/15_cli.ipynb #257dc369
 def train(
     stage: str,  # "nucleus", then "cytoplasm"
     out: Path,  # gets nucleus/ and cytoplasm_SCALE/
@@ -242,7 +242,7 @@ def train(
         train_cytoplasm(preset, data, out, value, cache=cache, **settings)
     return [out / f"cytoplasm_{value}" for value in scales]
 
-# %% ../nbs/15_cli.ipynb #30fe6c1c
+# %% ../nbs/15_cli.ipynb #f5af02a2
 def convert_keras(
     file: Path,  # HDF5 of one of the authors' networks
     out: Path,  # gets config.json and model.safetensors
@@ -254,13 +254,13 @@ def convert_keras(
         raise ValueError(f"{out} is a file; give the folder that the network goes to")
     return convert_keras(file, out)
 
-# %% ../nbs/15_cli.ipynb #69a96596
+# %% ../nbs/15_cli.ipynb #fc46cb6d
 SELECT = ("paper", "keep-all", "fuse", "nms")  # as `pipeline.SELECTIONS`, without importing it
 EXPORTS = ("coco", "geojson", "labels", "table")  # as `formats.FORMATS`
 TRAINING = ("smoke", "light", "paper")  # as `config.PRESETS`
 PRESET = ("project", "released", "released-bug")  # this project's way and `released.PRESETS`
 
-
+# %% ../nbs/15_cli.ipynb #7270885b
 def make_parser() -> ArgumentParser:
     "The command line's words."
     commands = {}
@@ -311,7 +311,7 @@ def make_parser() -> ArgumentParser:
         subcommands.add_subcommand(name, command, help=command.description)
     return parser
 
-# %% ../nbs/15_cli.ipynb #23616e06
+# %% ../nbs/15_cli.ipynb #8c354ec9
 def run_command(
     command: str,  # one of the parser's
     options: dict,  # its options
