@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint', 'StopRequest', 'data_hash', 'git_commit', 'peak_memory', 'write_manifest']
 
-# %% ../nbs/11_checkpoints.ipynb #02cfe086
+# %% ../nbs/11_checkpoints.ipynb #58e743ae
 import hashlib
 import json
 import os
@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows has none
     resource = None
 
-# %% ../nbs/11_checkpoints.ipynb #ecce7a5f
+# %% ../nbs/11_checkpoints.ipynb #9c3ab9ef
 def save_checkpoint(
     path: Path,  # where it shall stand
     state: dict,  # tensors, numbers, strings and containers of them
@@ -41,9 +41,9 @@ def save_checkpoint(
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the second from torch's writer, when the disk is full
         part.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path}: not written ({error.strerror}); the checkpoint before it is kept, make room and start again") from error
+        raise OSError(f"{path}: not written ({error}); the checkpoint before it is kept, make room and start again") from error
 
 
 def load_checkpoint(
@@ -52,10 +52,12 @@ def load_checkpoint(
     "Read a checkpoint; tensors and plain values only, nothing in it is executed."
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:  # not there, or not readable: no reason to delete it
+        raise
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of a training run ({str(error).splitlines()[0]}); delete it to train from the start") from error
 
-# %% ../nbs/11_checkpoints.ipynb #baa3e688
+# %% ../nbs/11_checkpoints.ipynb #42991eaf
 class StopRequest:
     "Inside its `with` block SIGINT and SIGTERM only leave a note; they take effect at its end."
 
@@ -74,7 +76,7 @@ class StopRequest:
 
     def _leave(self):
         if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt("stopped; start again with the same folder to go on")
+            raise KeyboardInterrupt("start again with the same folder to go on")
         raise SystemExit(128 + self.signal)
 
     def __exit__(self, kind, error, trace):
@@ -83,7 +85,7 @@ class StopRequest:
         if self.signal is not None and kind is None:
             self._leave()
 
-# %% ../nbs/11_checkpoints.ipynb #7fd4f2d9
+# %% ../nbs/11_checkpoints.ipynb #004ea3ef
 def data_hash(
     files: Iterable[Path],  # pictures and masks
 ) -> str:  # 64 hexadecimal digits
@@ -97,9 +99,11 @@ def data_hash(
 
 def git_commit() -> str | None:  # None where the package is not a git checkout
     "The commit of the code that runs; `-dirty` says that files were changed."
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    settings = {"capture_output": True, "text": True, "check": True, "timeout": 10}
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], **settings)  # or it is somebody else's checkout
+        return subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=40"], **settings).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -111,13 +115,13 @@ def peak_memory() -> float | None:  # MB, of this process so far; None on Window
 
 def write_manifest(
     path: Path,  # manifest.json of the run's folder
-    files: Iterable[Path],  # the data that was read
+    data: str,  # `data_hash` of the files that were read
     **facts,  # whatever else belongs there: configuration, preset, seconds
 ) -> dict:
     "Record data, versions, commit, machine kind and memory."
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     manifest = {
-        "data_sha256": data_hash(files),
+        "data_sha256": data,
         "commit": git_commit(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("segpc_nb", "torch", "segmentation-models-pytorch", "timm", "numpy")},

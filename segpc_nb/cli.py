@@ -7,7 +7,7 @@ __all__ = ['SELECT', 'EXPORTS', 'TRAINING', 'PRESET', 'earlier_results', 'predic
            'predicted_pictures', 'read_predicted', 'report', 'export', 'train', 'convert_keras', 'make_parser',
            'run_command', 'main']
 
-# %% ../nbs/15_cli.ipynb #13389329
+# %% ../nbs/15_cli.ipynb #f5d2a11e
 import json
 import math
 import sys
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-# %% ../nbs/15_cli.ipynb #76421bb3
+# %% ../nbs/15_cli.ipynb #c122348f
 def earlier_results(
     out: Path,  # of `predict`
 ):  # DataFrame, what cells.csv holds so far
@@ -30,7 +30,7 @@ def earlier_results(
     write_cells_csv(table, {}, {})
     return cells_table({}, {})
 
-# %% ../nbs/15_cli.ipynb #9c1a2612
+# %% ../nbs/15_cli.ipynb #cc3ff6c6
 def predict(
     pictures: list[Path],  # files and folders
     out: Path,  # gets y/ID_K.png and cells.csv
@@ -66,7 +66,8 @@ def predict(
             try:
                 image = read_picture(path)
                 if preset == "project":
-                    cells = segmenter.segment(image, select or "paper", nucleus_px=nucleus_px or estimate_nucleus_px(segmenter, image, pixel_size(path)))
+                    size = estimate_nucleus_px(segmenter, image, pixel_size(path)) if nucleus_px is None else nucleus_px
+                    cells = segmenter.segment(image, select or "paper", nucleus_px=size)
                 else:
                     cells = segmenter.segment(image, number)
                 shape = image.shape[:2]
@@ -82,7 +83,7 @@ def predict(
         write_bytes(out / "cells.csv", pd.concat(filled).to_csv(index=False, lineterminator="\n").encode())
     return failed
 
-# %% ../nbs/15_cli.ipynb #4617f95a
+# %% ../nbs/15_cli.ipynb #c1c02333
 def evaluate(
     truth: Path,  # folder that holds y/ with the annotation
     pred: Path,  # folder that holds y/ with the prediction, and cells.csv
@@ -120,7 +121,7 @@ def score_lines(
             lines.append(f"{name:<14}{text:>8}" + (f"  [{low:.4f}, {high:.4f}]" if None not in (low, high) else ""))
     return "\n".join(lines)
 
-# %% ../nbs/15_cli.ipynb #2ddc1b84
+# %% ../nbs/15_cli.ipynb #d8e499d5
 def submit(
     pred: Path,  # folder of `predict`
     out: Path,  # .zip as the challenge takes it, or .txt
@@ -148,7 +149,7 @@ def synth(
         raise ValueError(f"--seed {seed}: allowed are 0 and more")
     return make_dataset(Path(out), pictures=pictures, seed=seed)
 
-# %% ../nbs/15_cli.ipynb #800df8f1
+# %% ../nbs/15_cli.ipynb #f1c7ec38
 def predicted_pictures(
     pred: Path,  # folder of `predict`
     pictures: list[Path],  # files and folders
@@ -175,7 +176,7 @@ def read_predicted(
         raise ValueError(f"{path} has {image.shape[:2]} px, its masks have {tuple(shape)}; give the pictures that were predicted")
     return image
 
-# %% ../nbs/15_cli.ipynb #88838254
+# %% ../nbs/15_cli.ipynb #1fd0fdc2
 def report(
     pred: Path,  # folder of `predict`
     pictures: list[Path],  # files and folders
@@ -196,7 +197,7 @@ def report(
     write_report(out, shown, annotated and {id: annotated.get(id, []) for id in files}, title, how, pixel_size)
     return Path(out)
 
-# %% ../nbs/15_cli.ipynb #3bdd3bb9
+# %% ../nbs/15_cli.ipynb #d4a5039a
 def export(
     pred: Path,  # folder of `predict`
     to: str,  # "coco", "geojson", "labels" or "table"
@@ -212,7 +213,7 @@ def export(
     images = {id: read_predicted(path, shapes[id]) for id, path in predicted_pictures(pred, pictures, shapes).items()} if pictures else None
     return export_cells(to, Path(out), cells, shapes, images, pixel_size)
 
-# %% ../nbs/15_cli.ipynb #257dc369
+# %% ../nbs/15_cli.ipynb #a3ed15b8
 def train(
     stage: str,  # "nucleus", then "cytoplasm"
     out: Path,  # gets nucleus/ and cytoplasm_SCALE/
@@ -226,23 +227,27 @@ def train(
     cache: Path | None = None,  # folder that keeps the crops of the second stage; None keeps them in memory
 ) -> list[Path]:  # the folders of the networks
     "Train the networks of one stage."
+    from accelerate import PartialState
+
     from segpc_nb.config import PRESETS
     from segpc_nb.stages import train_cytoplasm, train_nucleus
     from segpc_nb.synthetic import default_data
 
-    out, data = Path(out), Path(data) if data else default_data(PRESETS[preset].pictures)
+    for option, value in (("--scale", scale), ("--cache", cache)):
+        if stage == "nucleus" and value is not None:
+            raise ValueError(f"{option} {value} is for the cytoplasm networks; leave it out")
+    with PartialState().main_process_first():  # one process draws the synthetic pictures, the others find them
+        out, data = Path(out), Path(data) if data else default_data(PRESETS[preset].pictures)
     settings = {"epochs": epochs, "workers": workers, "resume": resume, "log_with": (log_with,) if log_with else (), "live": False}
     if stage == "nucleus":
         train_nucleus(preset, data, out, **settings)
         return [out / "nucleus" / "main"]
-    if not (out / "nucleus" / "nuclei").is_dir():
-        raise ValueError(f"{out} holds no predicted nuclei, which the cytoplasm networks are trained on; run `segpc train nucleus` with the same --out first")
     scales = PRESETS[preset].cytoplasm if scale is None else (scale,)
     for value in scales:
         train_cytoplasm(preset, data, out, value, cache=cache, **settings)
     return [out / f"cytoplasm_{value}" for value in scales]
 
-# %% ../nbs/15_cli.ipynb #f5af02a2
+# %% ../nbs/15_cli.ipynb #d7ea404f
 def convert_keras(
     file: Path,  # HDF5 of one of the authors' networks
     out: Path,  # gets config.json and model.safetensors
@@ -254,13 +259,13 @@ def convert_keras(
         raise ValueError(f"{out} is a file; give the folder that the network goes to")
     return convert_keras(file, out)
 
-# %% ../nbs/15_cli.ipynb #fc46cb6d
+# %% ../nbs/15_cli.ipynb #5d644f8e
 SELECT = ("paper", "keep-all", "fuse", "nms")  # as `pipeline.SELECTIONS`, without importing it
 EXPORTS = ("coco", "geojson", "labels", "table")  # as `formats.FORMATS`
 TRAINING = ("smoke", "light", "paper")  # as `config.PRESETS`
 PRESET = ("project", "released", "released-bug")  # this project's way and `released.PRESETS`
 
-# %% ../nbs/15_cli.ipynb #7270885b
+# %% ../nbs/15_cli.ipynb #717af69b
 def make_parser() -> ArgumentParser:
     "The command line's words."
     commands = {}
@@ -311,7 +316,7 @@ def make_parser() -> ArgumentParser:
         subcommands.add_subcommand(name, command, help=command.description)
     return parser
 
-# %% ../nbs/15_cli.ipynb #8c354ec9
+# %% ../nbs/15_cli.ipynb #17239028
 def run_command(
     command: str,  # one of the parser's
     options: dict,  # its options
@@ -349,7 +354,7 @@ def main(
         chosen = make_parser().parse_args(words)
         options = {name: value for name, value in chosen[chosen.command].items() if name != "config"}
         return run_command(chosen.command, options)
-    except (ArgumentError, ValueError, OSError) as error:
+    except (ArgumentError, ValueError, OSError, ImportError) as error:
         print("segpc: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:

@@ -7,7 +7,7 @@ __all__ = ['SELECTIONS', 'BUNDLE_VERSION', 'FLIPS', 'GRID_STEP', 'MAX_GRID', 'NU
            'BundleConfig', 'aggregate', 'ask', 'ask_regions', 'select_step_by_step', 'check_picture', 'network_grid',
            'estimate_nucleus_px', 'Segmenter', 'save_bundle', 'check_device', 'load_bundle']
 
-# %% ../nbs/13_pipeline.ipynb #f1f2583b
+# %% ../nbs/13_pipeline.ipynb #cc1fbef9
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,7 +27,7 @@ from .models import load_network, save_network
 from .nuclei import find_nuclei
 from .regions import crop_regions, paste_region, resize_window
 
-# %% ../nbs/13_pipeline.ipynb #d7edf1fb
+# %% ../nbs/13_pipeline.ipynb #a70c2752
 SELECTIONS = ("paper", "keep-all", "fuse", "nms")
 BUNDLE_VERSION = 1
 
@@ -70,7 +70,7 @@ class BundleConfig:
             raise ValueError("; ".join(wrong))
         return self
 
-# %% ../nbs/13_pipeline.ipynb #02f11510
+# %% ../nbs/13_pipeline.ipynb #9542e5ed
 def aggregate(
     candidates: list[list[Candidate]],  # per nucleus, scales ascending
     select: str,  # one of SELECTIONS
@@ -87,7 +87,7 @@ def aggregate(
         cells = fuse(candidates, config.cell_threshold) if select == "fuse" else non_maximum_suppression(candidates)
     return [cell for cell in cells if cell.score >= config.min_score]
 
-# %% ../nbs/13_pipeline.ipynb #e53804ba
+# %% ../nbs/13_pipeline.ipynb #f73c7b64
 FLIPS = ((), (2,), (3,), (2, 3))  # axes of (N, C, h, w)
 
 
@@ -114,7 +114,7 @@ def ask(
             raise ValueError("network: its answer holds NaN; its weights are broken, train it again with a smaller step or clip_norm")
     return np.concatenate(answers)
 
-# %% ../nbs/13_pipeline.ipynb #df384130
+# %% ../nbs/13_pipeline.ipynb #50fbbc4a
 def ask_regions(
     network: Callable,  # of this scale
     image: np.ndarray,  # (H, W, 3) uint8 RGB
@@ -131,7 +131,7 @@ def ask_regions(
     pasted = [(nucleus, *paste_region(answer, box, image.shape[:2])) for nucleus, answer, box in answers]
     return [make_candidate(nucleus, scale, box, probability, threshold) for nucleus, probability, box in pasted]
 
-# %% ../nbs/13_pipeline.ipynb #d22edd78
+# %% ../nbs/13_pipeline.ipynb #492f4302
 def select_step_by_step(
     nuclei: list[Cell],
     ask_scale: Callable[[list[Cell], int], list[Candidate]],  # answers about some nuclei at the n-th scale
@@ -145,7 +145,7 @@ def select_step_by_step(
         waiting = {k: nucleus for k, nucleus in waiting.items() if k not in chosen}
     return [chosen[k] for k in range(len(nuclei))]
 
-# %% ../nbs/13_pipeline.ipynb #a32492d1
+# %% ../nbs/13_pipeline.ipynb #675b2c44
 def check_picture(
     image: np.ndarray,  # whatever it is
     equalize: bool = False,  # equalise the histogram of each channel
@@ -156,9 +156,9 @@ def check_picture(
         raise ValueError(f"image: {found}; expected a uint8 array (height, width, 3) in RGB, as images.read_picture gives")
     return equalize_histogram(image) if equalize else image
 
-# %% ../nbs/13_pipeline.ipynb #8a78631c
+# %% ../nbs/13_pipeline.ipynb #05a78c9a
 GRID_STEP = 32  # both sides of the grid are multiples of it, px
-MAX_GRID = 6_000_000  # px; larger pictures are seen coarser
+MAX_GRID = 12_000_000  # px; memory for a larger one is rarely there
 
 
 def network_grid(
@@ -169,13 +169,15 @@ def network_grid(
     "The grid on which the nucleus network shall see a picture."
     if nucleus_px is None:
         return config.nucleus_size
-    if nucleus_px <= 0 or not config.nucleus_px:
+    if not nucleus_px > 0 or not config.nucleus_px:
         known = "a length > 0" if config.nucleus_px else "None, because the bundle does not say what its network has learnt (nucleus_px)"
         raise ValueError(f"nucleus_px = {nucleus_px!r}, allowed: {known}")
-    factor = min(config.nucleus_px / nucleus_px, (MAX_GRID / np.prod(shape, dtype=float)) ** 0.5)
-    return tuple(max(GRID_STEP, round(side * factor / GRID_STEP) * GRID_STEP) for side in shape)
+    grid = tuple(max(GRID_STEP, round(side * config.nucleus_px / nucleus_px / GRID_STEP) * GRID_STEP) for side in shape)
+    if grid[0] * grid[1] > MAX_GRID:
+        raise ValueError(f"a picture of {shape[0]}x{shape[1]} px with nuclei of {nucleus_px:.0f} px needs a grid of {grid[0]}x{grid[1]} px, more than {MAX_GRID:,}; cut it into parts")
+    return grid
 
-# %% ../nbs/13_pipeline.ipynb #47d3bd32
+# %% ../nbs/13_pipeline.ipynb #e0e68553
 NUCLEUS_UM = 9.0  # longest side of a typical plasma cell's nucleus; the cell measures 8 to 20 um
 ZOOMS = (0.35, 0.5, 0.7, 1.4, 2.0, 2.8, 4.0)  # tried beside 1: sizes of nuclei, in terms of those of a whole field
 FITS = 1.5  # nuclei up to so many times too large or too small are as learnt
@@ -191,20 +193,20 @@ def estimate_nucleus_px(
     if not config.nucleus_px:
         return None
     field_px = config.nucleus_px * float(np.sqrt(np.prod(image.shape[:2]) / np.prod(config.nucleus_size)))
-    first = NUCLEUS_UM / pixel_um if pixel_um else None
-    best, surest = first, 0.0
-    for tried in (first, *(field_px * zoom for zoom in ZOOMS)):
+    first = [NUCLEUS_UM / pixel_um] if pixel_um else []
+    tries, best, surest = [*first, None, *(field_px * zoom for zoom in ZOOMS)], None, 0.0
+    for tried in tries:
         expected, nuclei = tried or field_px, segmenter.nuclei(image, tried)
         sides = np.array([max(n.bbox[2] - n.bbox[0], n.bbox[3] - n.bbox[1]) for n in nuclei])
         misfit = np.log(sides / expected) / np.log(FITS)
-        if tried == first and len(nuclei) and abs(np.median(misfit)) < 1:
-            return first
+        if tried == tries[0] and len(nuclei) and abs(np.median(misfit)) < 1:
+            return tried
         sure = float(np.sum(np.exp(-(misfit**2)) * [n.score for n in nuclei])) if nuclei else 0.0
         if sure > surest:
             best, surest = tried, sure
     return best
 
-# %% ../nbs/13_pipeline.ipynb #33a5ce1d
+# %% ../nbs/13_pipeline.ipynb #bf72199b
 class Segmenter:
     "Pictures in, cells out: the nucleus network, one cytoplasm network per scale, and their numbers."
 
@@ -265,7 +267,7 @@ class Segmenter:
         config, scale = self.config, self.config.scales[position]
         return ask_regions(self.cell_networks[scale], image, nuclei, scale, config.region_sizes[position], config.cell_threshold, self.batch_size, config.flips)
 
-# %% ../nbs/13_pipeline.ipynb #c03808b2
+# %% ../nbs/13_pipeline.ipynb #30a1d8a4
 def save_bundle(
     segmenter: Segmenter,  # with networks from `models.build_network`
     folder: Path,  # gets bundle.json, nucleus/ and one folder per scale

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['derived_seed', 'seed_everything', 'Seeded', 'Batches']
 
-# %% ../nbs/11_sampling.ipynb #262c97f0
+# %% ../nbs/11_sampling.ipynb #e4654699
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-# %% ../nbs/11_sampling.ipynb #8924eda2
+# %% ../nbs/11_sampling.ipynb #aec62178
 def derived_seed(
     *numbers: int,  # each 0 or above
 ) -> int:  # 0 .. 2**64 - 1
     "A seed from several numbers, unrelated to that of their neighbours."
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0])
 
 
 def seed_everything(
@@ -44,7 +44,7 @@ class Seeded(Dataset):
             torch.manual_seed(derived_seed(self.seed, *place))
             return self.samples[place[1]]
 
-# %% ../nbs/11_sampling.ipynb #38845044
+# %% ../nbs/11_sampling.ipynb #fb2c8fde
 class Batches:
     "The batches of one process: lists of (epoch, index)."
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['WARM_UP', 'PLATEAU_EPOCHS', 'PLATEAU_FACTOR', 'validate', 'learning_rate', 'channels_last', 'moving_average',
-           'Progress', 'epochs_since_best', 'saved_state', 'Run', 'stop_agreed', 'train_epoch', 'share_statistics',
-           'same_bits', 'show_live', 'write_strip', 'fit']
+           'Progress', 'epochs_since_best', 'saved_state', 'Run', 'stop_agreed', 'refuse_nan', 'train_epoch',
+           'share_statistics', 'same_bits', 'show_live', 'write_strip', 'own_group', 'loaders', 'fit']
 
-# %% ../nbs/11_training.ipynb #8209a168
+# %% ../nbs/11_training.ipynb #5a78358d
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -35,7 +36,7 @@ from .losses import segmentation_loss
 from .plots import sample_strip, show_history
 from .sampling import Batches, Seeded, derived_seed
 
-# %% ../nbs/11_training.ipynb #6418fe6e
+# %% ../nbs/11_training.ipynb #5dcfd8a7
 @torch.inference_mode()
 def validate(
     network: torch.nn.Module,  # gives logits
@@ -48,7 +49,9 @@ def validate(
     sums = torch.zeros(4, device=accelerator.device)  # loss, samples, common pixels, joint pixels
     for images, target in loader:
         images, target = images.to(accelerator.device), target.to(accelerator.device)
-        logits = network(images)
+        with accelerator.autocast():
+            logits = network(images)
+        logits = logits.float()
         classes = target.dtype == torch.int64
         predicted, true = (logits.argmax(1), target) if classes else ((logits > 0).long(), (target > 0.5).long())
         common = ((predicted == true) & (true > 0)).sum()
@@ -57,7 +60,7 @@ def validate(
     total, samples, common, joint = accelerator.reduce(sums, "sum").tolist()
     return {"valid_loss": total / max(samples, 1), "valid_iou": common / max(joint, 1)}
 
-# %% ../nbs/11_training.ipynb #0693e429
+# %% ../nbs/11_training.ipynb #3ca146cb
 WARM_UP = 0.05  # share of the run in which the step size rises
 PLATEAU_EPOCHS, PLATEAU_FACTOR = 7, 0.1  # the parent network's ReduceLROnPlateau
 
@@ -79,7 +82,7 @@ def learning_rate(
             rate, waited = rate * PLATEAU_FACTOR, 0
     return rate
 
-# %% ../nbs/11_training.ipynb #03eebff4
+# %% ../nbs/11_training.ipynb #4785cda8
 def channels_last(
     network: torch.nn.Module,  # changed in place
 ) -> torch.nn.Module:  # the same
@@ -89,7 +92,7 @@ def channels_last(
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return network
 
-# %% ../nbs/11_training.ipynb #0bcacbb2
+# %% ../nbs/11_training.ipynb #309e51de
 def moving_average(
     network: torch.nn.Module,  # to be averaged
     decay: float,  # weight of the past per step; 0 gives None
@@ -97,14 +100,15 @@ def moving_average(
     "The exponential moving average of a network's weights and statistics."
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
 
-# %% ../nbs/11_training.ipynb #602a2043
+# %% ../nbs/11_training.ipynb #43f592cf
 @dataclass
 class Progress:
     "How far a run has come."
 
     history: list[dict] = field(default_factory=list)  # one row per finished epoch
     step: int = 0  # finished steps of the running epoch
-    total: float = 0.0  # sum of their losses
+    totals: list[float] = field(default_factory=list)  # sum of their losses, of each process
+    samples: int = 0  # of the training set
     seconds: float = 0.0  # they took
     cpu_seconds: float = 0.0  # they took, over all cores
 
@@ -116,24 +120,25 @@ def epochs_since_best(
     overlaps = [row.get("valid_iou", row["epoch"]) for row in history]
     return len(overlaps) - 1 - int(np.argmax(overlaps)) if overlaps else 0
 
-# %% ../nbs/11_training.ipynb #a586df41
+# %% ../nbs/11_training.ipynb #1832d23a
 def saved_state(
     folder: Path,  # of the run
     config: TrainConfig,  # of the run that wants to continue
+    data: str = "",  # what its samples are made of, see `fit`
 ) -> dict:  # the state of `latest.pt`; empty where nothing was begun
-    "The state to continue from; a run of another configuration is refused."
+    "The state to continue from; a run of another configuration, or on other data, is refused."
     path = Path(folder) / "latest.pt"
     if not path.exists():
         return {}
     state = load_checkpoint(path)
-    here, there = json.loads(json.dumps(asdict(config))), json.loads(state["config"])
+    here, there = json.loads(json.dumps(asdict(config))) | {"data": data}, json.loads(state["config"]) | {"data": state["data"]}
     differ = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     if differ:
         found = ", ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} now" for name in differ)
-        raise ValueError(f"{folder} holds a run of another configuration ({found}); choose another folder, or start over with resume='never'")
+        raise ValueError(f"{folder} holds another run ({found}); choose another folder, or start over with resume='never'")
     return state
 
-# %% ../nbs/11_training.ipynb #c177d69d
+# %% ../nbs/11_training.ipynb #71a253d2
 class Run:
     "One training between two steps: all that changes, and the folder where it is kept."
 
@@ -144,23 +149,31 @@ class Run:
         folder: Path,  # gets latest.pt, best.pt, history.csv and config.json
         resume: str = "auto",  # "auto" continues what the folder holds, "never" starts over
         log_with: tuple[str, ...] = (),  # trackers of accelerate: "tensorboard", "mlflow", ...
+        data: str = "",  # what the samples are made of
     ):
         if resume not in ("auto", "never"):
             raise ValueError(f"resume = {resume!r}, allowed: 'auto', 'never'")
         AcceleratorState._reset_state()  # a session may train with one precision after the other
-        self.config, self.folder, self.bare = config, Path(folder), network
-        state = saved_state(folder, config) if resume == "auto" else {}
+        self.config, self.folder, self.bare, self.data = config, Path(folder), network, data
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=list(log_with) or None, project_dir=folder)
+        self.accelerator.gradient_accumulation_steps = 1  # the loop counts by itself, whatever a launcher says
+        if missing := set(log_with) - {tracker.value for tracker in self.accelerator.log_with}:
+            raise ValueError(f"log_with: {', '.join(sorted(missing))} is not installed; pip install it")
+        if resume == "never" and self.accelerator.is_main_process:
+            for name in ("latest.pt", "best.pt"):
+                (self.folder / name).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        state = saved_state(folder, config, data)
         self.accelerator.init_trackers("segpc_nb", {name: str(value) for name, value in asdict(config).items()})
         channels_last(network.to(self.accelerator.device))
         optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.average = moving_average(network, config.ema_decay)
+        self.network, self.optimizer = self.accelerator.prepare(torch.compile(network) if config.compiled else network, optimizer)
         parts = {"network": network, "optimizer": optimizer, "average": self.average, "scaler": self.accelerator.scaler}
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.progress = Progress(**state.get("progress", {}))
         for name in self.parts.keys() & state.keys():
             self.parts[name].load_state_dict(state[name])
-        self.network, self.optimizer = self.accelerator.prepare(torch.compile(network) if config.compiled else network, optimizer)
 
     @property
     def kept(self):
@@ -175,22 +188,33 @@ class Run:
         if self.progress.step == 0 and epochs_since_best(history) == 0:
             save_checkpoint(self.folder / "best.pt", {"network": self.kept.state_dict(), "epoch": history[-1]["epoch"], "config": text})
         write_bytes(self.folder / "config.json", text.encode())
-        write_bytes(self.folder / "history.csv", pd.DataFrame(history).to_csv(index=False).encode())
+        if history:
+            write_bytes(self.folder / "history.csv", pd.DataFrame(history).to_csv(index=False).encode())
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        save_checkpoint(self.folder / "latest.pt", {"config": text, "progress": asdict(self.progress), **states})
+        save_checkpoint(self.folder / "latest.pt", {"config": text, "data": self.data, "progress": asdict(self.progress), **states})
 
-# %% ../nbs/11_training.ipynb #937fdb32
+# %% ../nbs/11_training.ipynb #9f20e575
 def stop_agreed(
-    stop: StopRequest | None,  # of this process
+    stop: StopRequest,  # of this process; that of the others is noted in it
     accelerator: Accelerator,
 ) -> bool:
     "Whether any process was asked to stop; all give the same answer."
-    asked = stop is not None and stop.signal is not None
-    if accelerator.num_processes == 1:
-        return asked
-    return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum") > 0)
+    if accelerator.num_processes > 1:
+        signals = accelerator.gather(torch.tensor([stop.signal or 0], device=accelerator.device))
+        stop.signal = int(signals.max()) or None
+    return stop.signal is not None
 
 
+def refuse_nan(
+    run: "Run",
+    totals: list[float],  # sums of losses
+) -> None:
+    "End a run whose loss is no number before it is saved."
+    if not all(map(math.isfinite, totals)):
+        epoch = len(run.progress.history)
+        raise ValueError(f"{run.folder}: the loss of epoch {epoch} is {sum(totals)}; the checkpoint before it is kept, take a smaller lr or a clip_norm")
+
+# %% ../nbs/11_training.ipynb #2351c13d
 def train_epoch(
     run: Run,  # its weights change
     loader: DataLoader,  # over `Batches`, which start at the step of `run.progress`
@@ -200,16 +224,17 @@ def train_epoch(
     "Pass over the training samples once, or over the rest of them."
     config, accelerator, progress = run.config, run.accelerator, run.progress
     steps, epoch, losses = len(loader), len(progress.history), [row.get("valid_loss", row["train_loss"]) for row in progress.history]
-    total = torch.tensor(progress.total, device=accelerator.device)
+    total = torch.tensor(progress.totals[accelerator.process_index] if progress.totals else 0.0, device=accelerator.device)
     run.network.train()
     for step, (images, target) in enumerate(loader, progress.step):
         torch.manual_seed(derived_seed(config.seed, epoch, step, accelerator.process_index, 1))
         images, target = images.to(accelerator.device, non_blocking=True), target.to(accelerator.device, non_blocking=True)
-        last = (step + 1) % config.accumulate == 0 or step + 1 == steps
+        first = step - step % config.accumulate
+        last = step + 1 in (first + config.accumulate, steps)
         with nullcontext() if last else accelerator.no_sync(run.network):
             with accelerator.autocast():
                 value = loss(run.network(images), target)
-            accelerator.backward(value / config.accumulate)
+            accelerator.backward(value / min(config.accumulate, steps - first))
         total += value.detach()
         if not last:
             continue
@@ -221,12 +246,15 @@ def train_epoch(
         run.optimizer.zero_grad()
         if run.average is not None:
             run.average.update_parameters(run.bare)
-        if step + 1 < steps and stop_agreed(stop, accelerator):
-            progress.step, progress.total = step + 1, total.item()
+        if stop is not None and step + 1 < steps and stop_agreed(stop, accelerator):
+            progress.step, progress.totals = step + 1, accelerator.gather(total[None]).tolist()
+            refuse_nan(run, progress.totals)
             return None
-    return (accelerator.reduce(total, "mean") / steps).item()
+    totals = accelerator.gather(total[None]).tolist()
+    refuse_nan(run, totals)
+    return sum(totals) / len(totals) / steps
 
-# %% ../nbs/11_training.ipynb #26909859
+# %% ../nbs/11_training.ipynb #e0309071
 def share_statistics(
     network: torch.nn.Module,
     accelerator: Accelerator,
@@ -243,15 +271,16 @@ def same_bits(
 ):
     "Allow only deterministic algorithms inside the `with` block."
     before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(wanted or before)
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(wanted or before, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
-# %% ../nbs/11_training.ipynb #b1989399
+# %% ../nbs/11_training.ipynb #cdb6d59d
 def show_live(
     history: list[dict],
     handle=None,  # what the call before returned
@@ -286,51 +315,76 @@ def write_strip(
     found, true = (1 - logits.softmax(1)[:, 0], targets > 0) if classes else (logits[:, 0].sigmoid(), targets[:, 0] > 0.5)
     write_image(path, sample_strip(images[:, :3].numpy(), true.numpy(), (found > 0.5).numpy()))
 
-# %% ../nbs/11_training.ipynb #2a9d8cc8
+# %% ../nbs/11_training.ipynb #74eb27a9
+def own_group(
+    worker: int,  # its number
+) -> None:
+    "Keep signals to the training's process group from a loading process."
+    if hasattr(os, "setsid"):
+        os.setsid()
+
+
+def loaders(
+    run: Run,
+    train_set: Dataset,
+    valid_set: Dataset | None,
+    workers: int,  # processes that load data
+) -> tuple[Batches, DataLoader, DataLoader | None]:
+    "What this process loads: the plan of its training batches, their loader, and the loader of its validation samples."
+    accelerator, batch_size = run.accelerator, run.config.batch_size
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    before = len(run.progress.totals), run.progress.samples
+    if run.progress.step and before != (processes, len(train_set)):
+        raise ValueError(f"{run.folder} was stopped within an epoch of {before[1]} samples on {before[0]} processes; go on with as many, not {len(train_set)} on {processes}")
+    batches = Batches(len(train_set), batch_size, run.config.seed, processes, rank)
+    common = {"num_workers": workers, "pin_memory": accelerator.device.type == "cuda", "worker_init_fn": own_group if workers else None}
+    train_loader = DataLoader(Seeded(train_set, run.config.seed), batch_sampler=batches, **common)
+    if valid_set is None:
+        return batches, train_loader, None
+    return batches, train_loader, DataLoader(Subset(valid_set, range(rank, len(valid_set), processes)), batch_size, **common)
+
+# %% ../nbs/11_training.ipynb #35f5a55e
 def fit(
     network: torch.nn.Module,  # gives logits; its weights are changed
     train_set: Dataset,  # (input, target) samples, random changes included
     valid_set: Dataset | None,  # the same without random changes; None trains without validation
     config: TrainConfig,  # what to do
-    folder: Path,  # gets checkpoints, config.json, history.csv, curves.png and samples/
+    folder: Path,  # gets checkpoints, config.json, history.csv and samples/
     workers: int = 0,  # processes that load data
     resume: str = "auto",  # "auto" continues what the folder holds, "never" starts over
     log_with: tuple[str, ...] = (),  # trackers of accelerate: "tensorboard", "mlflow", ...
     live: bool = True,  # redraw the curve under the cell after each epoch, in Jupyter
+    data: str = "",  # what the samples are made of, such as `checkpoints.data_hash`; a run on other data is refused
 ) -> pd.DataFrame:  # one row per epoch: losses, overlap, step size, seconds
     "Train one network, or continue where the folder's checkpoint stands; the network ends with the best weights."
-    run, loss, curve = Run(network, config, folder, resume, log_with), segmentation_loss(config.loss, config.positive_weight), None
+    run, loss, curve = Run(network, config, folder, resume, log_with, data), segmentation_loss(config.loss, config.positive_weight), None
     accelerator, on_cpu = run.accelerator, run.accelerator.device.type == "cpu"
-    rank, processes, loading = accelerator.process_index, accelerator.num_processes, {"num_workers": workers, "pin_memory": not on_cpu}
-    batches = Batches(len(train_set), config.batch_size, config.seed, processes, rank)
-    train_loader = DataLoader(Seeded(train_set, config.seed), batch_sampler=batches, **loading)
-    share = Subset(valid_set, range(rank, len(valid_set), processes)) if valid_set is not None else None
-    valid_loader = DataLoader(share, config.batch_size, **loading) if share is not None else None
+    batches, train_loader, valid_loader = loaders(run, train_set, valid_set, workers)
     with StopRequest() as stop, same_bits(config.deterministic and on_cpu):
-        for epoch in tqdm(range(len(run.progress.history), config.epochs), desc=run.folder.name, disable=None if rank == 0 else True):
+        for epoch in tqdm(range(len(run.progress.history), config.epochs), desc=run.folder.name, disable=None if accelerator.is_main_process else True):
             if config.patience and epochs_since_best(run.progress.history) >= config.patience:
                 break
             started = time.perf_counter() - run.progress.seconds, time.process_time() - run.progress.cpu_seconds
             batches.epoch, batches.start = epoch, run.progress.step
-            train_loss = train_epoch(run, train_loader, loss, stop)
-            if train_loss is not None and not math.isfinite(train_loss):
-                raise ValueError(f"{folder}: the loss of epoch {epoch} is {train_loss}; the checkpoint before it is kept, take a smaller lr or a clip_norm")
-            row = {"epoch": epoch, "train_loss": train_loss}
-            if train_loss is not None and valid_loader is not None:
+            row = {"epoch": epoch, "train_loss": train_epoch(run, train_loader, loss, stop)}
+            finished = row["train_loss"] is not None
+            if finished and valid_loader is not None:
                 share_statistics(run.kept, accelerator)
                 row |= validate(run.kept, valid_loader, loss, accelerator)
                 write_strip(run.folder / "samples" / f"epoch_{epoch:03d}.png", run.kept, valid_set, accelerator)
             times = {"seconds": time.perf_counter() - started[0], "cpu_seconds": time.process_time() - started[1]}
-            if train_loss is None:  # somebody wants it to stop
-                run.progress = replace(run.progress, **times)
-                run.save()
-                break
-            run.progress = Progress([*run.progress.history, row | {"lr": run.optimizer.param_groups[0]["lr"]} | times])
-            accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=epoch)
+            if finished:
+                run.progress = Progress([*run.progress.history, row | {"lr": run.optimizer.param_groups[0]["lr"]} | times], samples=len(train_set))
+                accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=epoch)
+                curve = show_live(run.progress.history, curve) if live else None
+            else:
+                run.progress = replace(run.progress, **times, samples=len(train_set))
             run.save()
-            curve = show_live(run.progress.history, curve) if live else None
+            if not finished or stop_agreed(stop, accelerator):
+                break
         for tracker in accelerator.trackers:
             tracker.finish()
     accelerator.wait_for_everyone()
+    accelerator.unwrap_model(run.network, keep_fp32_wrapper=False)  # gives the network its own forward back
     network.load_state_dict(load_checkpoint(run.folder / "best.pt")["network"])
     return pd.DataFrame(run.progress.history)

@@ -182,8 +182,11 @@ def test_exports_are_read_back_by_others(smears, capsys):
 
 
 def test_training_needs_its_first_stage(smears, capsys):
-    assert run("train", "cytoplasm", "--out", "runs", "--data", "truth") == 2
-    assert "run `segpc train nucleus` with the same --out first" in capsys.readouterr().err
+    assert run("synth", "smears", "--pictures", "14") == 0
+    assert run("train", "cytoplasm", "--out", "runs", "--data", "smears", "--preset", "smoke") == 2
+    assert "run the nucleus stage with the same folder first" in capsys.readouterr().err
+    assert run("train", "nucleus", "--out", "runs", "--data", "smears", "--scale", "1.75") == 2
+    assert "--scale 1.75 is for the cytoplasm networks" in capsys.readouterr().err
 
 
 def test_training_by_command(tmp_path, monkeypatch, capsys):
@@ -197,6 +200,9 @@ def test_training_by_command(tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "crops").glob("*.npy"))) == 2
     assert run("train", "nucleus", *words[:-1], "2") == 2  # another configuration in the same folder
     assert "epochs: 1 there, 2 now" in capsys.readouterr().err
+    next((tmp_path / "smears/train/y").iterdir()).unlink()
+    assert run("train", "nucleus", *words) == 2  # other data in the same folder
+    assert "holds another run (data:" in capsys.readouterr().err
 
 
 def test_a_picture_without_cells_has_no_rows_and_can_be_scored(smears, capsys):

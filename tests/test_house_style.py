@@ -90,8 +90,10 @@ def test_readme_is_made_from_the_index():
     assert (root / "README.md").read_text(encoding="utf-8") == runpy.run_path(str(root / "nbs" / "readme.py"))["readme"]()
 
 
-def test_the_table_of_the_readme_is_that_of_the_run():
-    run = json.loads((root / "results" / "smoke.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("path", sorted((root / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_the_tables_of_the_readme_are_those_of_the_runs(path):
+    run = json.loads(path.read_text(encoding="utf-8"))
     text = (root / "README.md").read_text(encoding="utf-8")
     for method, scores in run["methods"].items():
-        assert f"| {method} | {scores['official']:.3f} " in text, method
+        low, high = scores["ci"]["official"]
+        assert f"| {method} | {scores['official']:.3f} [{low:.3f}, {high:.3f}] | {scores['pq']:.3f} |" in text, method

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -101,7 +100,7 @@ def test_finished_run_is_not_trained_again(tmp_path):
 
 
 SCRIPT = """
-import io, sys, time
+import io, os, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_training import CONFIGS, Blobs, fit, with_dropout
@@ -124,11 +123,15 @@ class Slow(Blobs):
         time.sleep(slow / 20)
         return super().__getitem__(index)
 
-torch.save = slow_save
-print("started", flush=True)
-network = with_dropout()
-fit(network, Slow(24, 3, (16, 16)), Blobs(4, 3, (16, 16)), config, folder)
-real_save(network.state_dict(), folder / "final.pt")
+real_step = torch.optim.AdamW.step
+
+def loud_step(self, *arguments, **settings):
+    real_step(self, *arguments, **settings)
+    os.write(1, b"step\\n")  # in one piece, whoever else writes
+
+torch.save, torch.optim.AdamW.step = slow_save, loud_step
+print("started", os.environ.get("RANK", "0"), os.getpid(), flush=True)
+fit(with_dropout(), Slow(24, 3, (16, 16)), Blobs(4, 3, (16, 16)), config, folder, workers=int(sys.argv[4]))
 """
 
 
@@ -138,6 +141,7 @@ def with_dropout():
 
 
 CONFIGS = {
+    "long": replace(TINY, ema_decay=0.5, schedule="plateau", epochs=40),
     "dropout": replace(TINY, ema_decay=0.5, schedule="cosine"),
     "accumulated": replace(TINY, batch_size=2, accumulate=2, clip_norm=1.0, loss="focal+dice"),
     "two processes": replace(TINY, batch_size=4, epochs=3),
@@ -152,51 +156,80 @@ def script(tmp_path):
     return path
 
 
-def begin(script, folder, name):
-    "A slow run in a process of its own, at the moment its training starts."
-    run = subprocess.Popen([sys.executable, script, folder, name, "0.4"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert run.stdout.readline() == "started\n"
-    return run
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ON_CPU = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 
 
-def same_weights(a, b):
-    a, b = (torch.load(folder / "final.pt", weights_only=True) for folder in (a, b))
-    return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+def finish(script, folder, name, *launcher, workers=0):
+    "A fast run, from where the folder stands to the end."
+    subprocess.run([sys.executable, *launcher, script, folder, name, "0", str(workers)], check=True, env=ON_CPU, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize(("name", "number"), [("dropout", signal.SIGTERM), ("accumulated", signal.SIGINT)])
-def test_a_stopped_run_saves_in_the_middle_of_an_epoch_and_resumes_to_the_same_bits(name, number, script, tmp_path):
-    subprocess.run([sys.executable, script, tmp_path / "whole", name, "0"], check=True)
-    stopped = begin(script, tmp_path / "stopped", name)
-    time.sleep(1.5)
-    stopped.send_signal(number)
+def begin(script, folder, name, *launcher, workers=0):
+    "A slow run in processes of its own, at the moment its training starts, and the process of its last rank."
+    words = [sys.executable, *launcher, script, folder, name, "0.4", str(workers)]
+    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ON_CPU, start_new_session=True)
+    ranks = dict(run.stdout.readline().split()[1:] for _ in range(2 if launcher else 1))
+    return run, int(ranks[max(ranks)])
+
+
+def steps_before(run, count):
+    "Wait until a run has made some optimiser steps; an epoch has six, or three of two processes that both count."
+    for _ in range(count):
+        assert run.stdout.readline() == "step\n"
+
+
+def same_state(a, b):
+    "Whether two runs ended with the same bits: weights, moments, average, history but for its times."
+    a, b = (load_checkpoint(folder / "latest.pt") for folder in (a, b))
+    histories = [[{name: value for name, value in row.items() if "seconds" not in name} for row in state["progress"]["history"]] for state in (a, b)]
+    moments = [[value for moment in state["optimizer"]["state"].values() for value in moment.values()] for state in (a, b)]
+    tensors = [[*state["network"].values(), *state.get("average", {}).values(), *values] for state, values in zip((a, b), moments)]
+    return histories[0] == histories[1] and all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
+
+
+@pytest.mark.parametrize(("name", "number", "workers"), [("dropout", signal.SIGTERM, 2), ("accumulated", signal.SIGINT, 0)])
+def test_a_stopped_run_saves_in_the_middle_of_an_epoch_and_resumes_to_the_same_bits(name, number, workers, script, tmp_path):
+    finish(script, tmp_path / "whole", name)
+    stopped, _ = begin(script, tmp_path / "stopped", name, workers=workers)
+    steps_before(stopped, 8)
+    os.killpg(stopped.pid, number)  # as a terminal or a scheduler does it: the loading processes are meant, too
     assert stopped.wait() == (143 if number == signal.SIGTERM else -signal.SIGINT)  # as if nobody had caught it, but saved
     progress = load_checkpoint(tmp_path / "stopped" / "latest.pt")["progress"]
     assert len(progress["history"]) < 4 and progress["step"] > 0
-    subprocess.run([sys.executable, script, tmp_path / "stopped", name, "0"], check=True)
-    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+    finish(script, tmp_path / "stopped", name)
+    assert same_state(tmp_path / "whole", tmp_path / "stopped")
 
 
 @pytest.mark.slow
 def test_a_run_killed_ten_times_resumes_to_the_same_bits(script, tmp_path):
-    subprocess.run([sys.executable, script, tmp_path / "whole", "dropout", "0"], check=True)
-    rng, kills, epochs = np.random.default_rng(0), 0, 0
-    while kills < 10:
-        run = begin(script, tmp_path / "killed", "dropout")
+    finish(script, tmp_path / "whole", "long")
+    rng, epochs = np.random.default_rng(0), 0
+    for _ in range(10):
+        run, _ = begin(script, tmp_path / "killed", "long")
         time.sleep(rng.uniform(0, 3.5))  # an epoch takes half a second, its two files 0.8
         assert run.poll() is None, "finished before ten kills"
         run.kill()
         run.wait()
-        kills += 1
         latest = tmp_path / "killed" / "latest.pt"
         found = len(load_checkpoint(latest)["progress"]["history"]) if latest.exists() else 0
         assert found >= epochs  # nothing that was saved is lost
         epochs = found
-        if epochs >= 3:
-            shutil.rmtree(tmp_path / "killed")
-            epochs = 0
-    subprocess.run([sys.executable, script, tmp_path / "killed", "dropout", "0"], check=True)
-    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert 0 < epochs < CONFIGS["long"].epochs
+    finish(script, tmp_path / "killed", "long")
+    assert same_state(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_and_saves_both(script, tmp_path):
+    finish(script, tmp_path / "whole", "two processes", *TORCHRUN)
+    stopped, last = begin(script, tmp_path / "stopped", "two processes", *TORCHRUN)
+    steps_before(stopped, 8)
+    os.kill(last, signal.SIGTERM)
+    assert stopped.wait(timeout=60) != 0
+    assert load_checkpoint(tmp_path / "stopped" / "latest.pt")["progress"]["step"] > 0
+    finish(script, tmp_path / "stopped", "two processes", *TORCHRUN)
+    assert same_state(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_two_processes_give_the_loss_curve_of_one(tmp_path):
@@ -216,10 +249,8 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path):
         """),
         encoding="utf-8",
     )
-    settings = {"capture_output": True, "env": os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*torchrun, path, tmp_path / "two", "two processes"], check=True, **settings)
-    subprocess.run([sys.executable, path, tmp_path / "one", "one process"], check=True, **settings)
+    subprocess.run([sys.executable, *TORCHRUN, path, tmp_path / "two", "two processes"], check=True, capture_output=True, env=ON_CPU)
+    subprocess.run([sys.executable, path, tmp_path / "one", "one process"], check=True, capture_output=True, env=ON_CPU)
     two, one = (pd.read_csv(tmp_path / name / "history.csv") for name in ("two", "one"))
     for column in ("train_loss", "valid_loss", "valid_iou"):
         np.testing.assert_allclose(two[column], one[column], rtol=1e-5)
@@ -269,10 +300,21 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"latest.pt: not written .No space left on device.; the checkpoint before it is kept"):
+    with pytest.raises(OSError, match=r"latest.pt: not written .*No space left on device.*; the checkpoint before it is kept"):
         save_checkpoint(tmp_path / "latest.pt", {"epoch": 2})
     assert load_checkpoint(tmp_path / "latest.pt") == {"epoch": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["latest.pt"]
+
+
+def test_other_data_are_refused(tmp_path):
+    fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path, data="a")
+    with pytest.raises(ValueError, match="holds another run .data: 'a' there, 'b' now"):
+        fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path, data="b")
+
+
+def test_a_missing_tracker_is_named(tmp_path):
+    with pytest.raises(ValueError, match="comet_ml is not installed"):
+        fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path, log_with=("comet_ml",))
 
 
 def test_resume_never_starts_over_and_nonsense_is_refused(tmp_path):
@@ -292,10 +334,11 @@ def test_bf16_and_back_in_one_session(tmp_path):
 def test_tensorboard_gets_the_numbers(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     history = fit(tiny(), Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), TINY, tmp_path, log_with=("tensorboard",))
-    (events,) = tmp_path.rglob("events.out*")
-    found = reader.EventAccumulator(str(events.parent))
-    found.Reload()
-    logged = {tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    logged = {}
+    for events in tmp_path.rglob("events.out*"):  # one file for the configuration, one for the numbers
+        found = reader.EventAccumulator(str(events))
+        found.Reload()
+        logged |= {tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
     for column in ("train_loss", "valid_loss", "valid_iou"):
         assert logged[column] == pytest.approx(history[column].tolist(), rel=1e-6)
 
