@@ -23,7 +23,7 @@ from .config import PRESETS, TrainConfig
 from .dataset import NucleusPictures, Sample, fold_samples, list_samples, split_holdout
 from .exports import read_masks, write_masks
 from .images import write_bytes
-from .models import build_network, save_network
+from .models import build_network, load_network, save_network
 from .pipeline import BundleConfig, Segmenter
 from .regions import CellRegions
 from .sampling import seed_everything
@@ -59,11 +59,13 @@ def train_network(
     files: Iterable[Path],  # that the training set was made of: pictures, masks, nuclei
     seed: int,  # of the first weights
     facts: dict,  # for the manifest
+    start: Path | None = None,  # folder of weights to start from; None starts from those of the configuration
     **settings,  # of `training.fit`: workers, resume, log_with, live
 ) -> tuple[torch.nn.Module, pd.DataFrame]:  # with the best weights, on the CPU; one row per epoch
     "Train one network and store it in `folder/weights`; a finished one is taken as it is."
     seed_everything(seed)
-    network, data = build_network(**config.network), data_hash(files)
+    network = load_network(start, logits=True).train() if start else build_network(**config.network)
+    data = data_hash([*files, *sorted(start.iterdir())] if start else files)
     history = fit(network, train_set, valid_set, config, folder, data=data, **settings)
     network = network.cpu().eval()
     if PartialState().is_main_process:
@@ -155,7 +157,7 @@ def train_cytoplasm(
     "Train the cytoplasm network of one scale."
     setting, split, folder = PRESETS[preset], split_samples(data), Path(out) / f"cytoplasm_{scale}"
     if scale not in setting.cytoplasm:
-        raise ValueError(f"scale = {scale}, allowed in preset {preset!r}: {', '.join(map(str, setting.cytoplasm))}")
+        raise ValueError(f"scale = {scale}, allowed in preset {preset!r}: {', '.join(map(str, sorted(setting.cytoplasm)))}")
     config = setting.cytoplasm[scale]
     config = replace(config, epochs=epochs or config.epochs)
     nucleus = Path(out) / "nucleus"
@@ -163,8 +165,11 @@ def train_cytoplasm(
         raise ValueError(f"{nucleus} holds no finished nucleus stage, whose nuclei the cytoplasm networks are trained on; run the nucleus stage with the same folder first")
     nuclei, files = read_masks(nucleus / "nuclei"), [*sample_files(split.train), *(nucleus / "nuclei").iterdir()]
     train_set, valid_set = region_sets(config, split, scale, nuclei, setting.nuclei == "jittered", cache)
+    start = None if setting.first in (None, scale) else Path(out) / f"cytoplasm_{setting.first}" / "weights"
+    if start and not start.exists():
+        raise ValueError(f"{start} is not there: the network of scale {scale} starts from that of scale {setting.first}; train scale {setting.first} with the same folder first")
     facts, seed = {"preset": preset, "scale": scale}, config.seed + round(100 * scale)
-    return *train_network(config, train_set, valid_set, folder, files, seed, facts, **settings), valid_set
+    return *train_network(config, train_set, valid_set, folder, files, seed, facts, start, **settings), valid_set
 
 # %% ../nbs/14_stages.ipynb #55efa02f
 CARD = """# Networks of segpc_nb, preset `{preset}`

@@ -194,9 +194,9 @@ def test_training_by_command(tmp_path, monkeypatch, capsys):
     assert run("synth", "smears", "--pictures", "14") == 0
     words = ("--out", "mine", "--preset", "smoke", "--data", "smears", "--epochs", "1")
     assert run("train", "nucleus", *words) == 0
-    assert run("train", "cytoplasm", *words, "--scale", "0.5", "--cache", "crops") == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == ["mine/nucleus/main", "mine/cytoplasm_0.5"]
-    assert load_network("mine/cytoplasm_0.5/weights").config["in_channels"] == 4
+    assert run("train", "cytoplasm", *words, "--scale", "1.75", "--cache", "crops") == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["mine/nucleus/main", "mine/cytoplasm_1.75"]
+    assert load_network("mine/cytoplasm_1.75/weights").config["in_channels"] == 4
     assert len(list((tmp_path / "crops").glob("*.npy"))) == 2
     assert run("train", "nucleus", *words[:-1], "2") == 2  # another configuration in the same folder
     assert "epochs: 1 there, 2 now" in capsys.readouterr().err
