@@ -93,15 +93,15 @@ def small_preset(
     lr: float,  # of both
     batch_size: int,  # pictures per step of stage one; stage two takes twice as many regions
     ema_decay: float,  # of both; the shorter the run, the smaller
-    precision: str,  # of both, one of PRECISIONS
+    precision: str,  # of stage one, one of PRECISIONS
     **rest,  # fields of Preset
 ) -> Preset:
     "A preset of small networks on EfficientNet-Lite0."
     weights = {"encoder_weights": "lite0-package"}
     unet = {"name": "smp-unet", "encoder_name": "tu-tf_efficientnet_lite0", "decoder_channels": (64, 48, 32, 24, 16), **weights}
     deeplab = {"name": "attention-deeplabv3plus", "encoder_name": "efficientnet_lite0_short", "decoder_channels": 32, "atrous_rates": (1, 2, 3), **weights}
-    common = {"lr": lr, "loss": "cross-entropy+dice", "schedule": "cosine", "weight_decay": 1e-3, "clip_norm": 1.0, "ema_decay": ema_decay, "mixed_precision": precision}
-    nucleus = TrainConfig(network=unet, size=size, crop=crop, epochs=epochs[0], batch_size=batch_size, **common)
+    common = {"lr": lr, "loss": "cross-entropy+dice", "schedule": "cosine", "weight_decay": 1e-3, "clip_norm": 1.0, "ema_decay": ema_decay}
+    nucleus = TrainConfig(network=unet, size=size, crop=crop, epochs=epochs[0], batch_size=batch_size, mixed_precision=precision, **common)
     cytoplasm = TrainConfig(network=deeplab, size=(region, region), epochs=epochs[1], batch_size=2 * batch_size, **common)
     others = {scale: replace(cytoplasm, epochs=epochs[2]) for scale in PAPER_SCALES if scale != FIRST_SCALE}
     return Preset(nucleus, {FIRST_SCALE: cytoplasm, **others}, FIRST_SCALE, **rest)
