@@ -45,8 +45,9 @@ def predict(
 
     from segpc_nb.exports import cells_table, write_masks
     from segpc_nb.images import find_pictures, pixel_size, read_picture, write_bytes
-    from segpc_nb.pipeline import estimate_nucleus_px, load_bundle
+    from segpc_nb.pipeline import load_bundle
     from segpc_nb.released import load_released
+    from segpc_nb.sizes import estimate_nucleus_px
 
     if preset != "project" and bundle is None:
         raise ValueError(f"--preset {preset} needs --bundle, the folder of the authors' converted weights; make it with `segpc convert-keras`")
@@ -66,8 +67,8 @@ def predict(
             try:
                 image = read_picture(path)
                 if preset == "project":
-                    size = estimate_nucleus_px(segmenter, image, pixel_size(path)) if nucleus_px is None else nucleus_px
-                    cells = segmenter.segment(image, select or "paper", nucleus_px=size)
+                    nuclei = segmenter.nuclei(image, nucleus_px) if nucleus_px else estimate_nucleus_px(segmenter, image, pixel_size(path))[1]
+                    cells = segmenter.segment(image, select or "paper", nuclei)
                 else:
                     cells = segmenter.segment(image, number)
                 shape = image.shape[:2]

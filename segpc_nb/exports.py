@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .cells import Cell, cell_from_mask, cell_from_parts, mask_from_cell, resize_cell
+from .cells import CYTOPLASM, NUCLEUS, Cell, cell_from_mask, cell_from_parts, mask_from_cell, resize_cell
 from .dataset import instance_number
-from .images import PICTURE_SUFFIXES, PictureError, natural_key, read_mask, write_bytes, write_image
+from .images import PICTURE_SUFFIXES, PictureError, natural_key, read_mask, window_png, write_bytes, write_image
 from .metrics import OFFICIAL_SHAPE
 
 # %% ../nbs/14_exports.ipynb #b4dc19ef
@@ -42,9 +42,15 @@ def write_masks(
     for path, cell in zip(files, cells):
         if not cell.area:
             raise ValueError(f"picture {id!r}: cell {cell.id} has no pixel, so no mask can show it; leave it out")
-        write_image(path, mask_from_cell(cell, shape))
-    for path in _mask_files(folder):
-        if path.stem.rpartition("_")[0] == id and path not in files:
+        if suffix == ".png":
+            values = cell.nucleus * np.uint8(NUCLEUS) + cell.cytoplasm * np.uint8(CYTOPLASM)
+            write_bytes(path, window_png(values, cell.bbox, shape))
+        else:
+            write_image(path, mask_from_cell(cell, shape))
+    with os.scandir(folder) as entries:
+        others = [folder / entry.name for entry in entries if entry.name.startswith(f"{id}_")]
+    for path in others:
+        if path.stem.rpartition("_")[0] == id and path.suffix.lower() in PICTURE_SUFFIXES and path not in files:
             path.unlink()
     return files
 

@@ -34,17 +34,17 @@ def nucleus_at(id, row, column, radius):
     return cell_from_parts(id, (0, 0, *SHAPE), disc, np.zeros_like(disc))
 
 
-def noisy_candidates(rng, n, scales=SCALES):
-    "Some nuclei anywhere, with blobs of noise as answers."
+def noisy_candidates(rng, n, scales=SCALES, grid=None):
+    "Some nuclei anywhere, with blobs of noise as answers, on the picture's pixels or on a grid of the crop."
     picture = []
     for id in range(1, n + 1):
         nucleus = nucleus_at(id, rng.integers(0, SHAPE[0]), rng.integers(0, SHAPE[1]), rng.integers(1, 7))
         answers = []
         for scale in scales:
             top, left, bottom, right = region_box(nucleus_box(nucleus), scale)
-            box = max(top, 0), max(left, 0), min(bottom, SHAPE[0]), min(right, SHAPE[1])
-            noise = ndimage.gaussian_filter(rng.random((box[2] - box[0], box[3] - box[1])), 1.5)
-            answers.append(make_candidate(nucleus, scale, box, np.clip((noise - 0.5) * 6 + 0.5, 0, 1).astype(np.float32)))
+            box = (top, left, bottom, right) if grid else (max(top, 0), max(left, 0), min(bottom, SHAPE[0]), min(right, SHAPE[1]))
+            noise = ndimage.gaussian_filter(rng.random(grid or (box[2] - box[0], box[3] - box[1])), 1.5)
+            answers.append(make_candidate(nucleus, scale, box, np.clip((noise - 0.5) * 6 + 0.5, 0, 1).astype(np.float32), SHAPE))
         picture.append(answers)
     return picture
 
@@ -53,9 +53,9 @@ seeds = st.integers(0, 10_000).map(np.random.default_rng)
 
 
 @settings(max_examples=40, deadline=None)
-@given(seeds, st.integers(1, 5))
-def test_every_cell_holds_its_nucleus_and_disjoint_cytoplasm(rng, n):
-    for scales in (picture := noisy_candidates(rng, n)):
+@given(seeds, st.integers(1, 5), st.sampled_from([None, (6, 6), (24, 24), (96, 96)]))
+def test_every_cell_holds_its_nucleus_and_disjoint_cytoplasm(rng, n, grid):
+    for scales in (picture := noisy_candidates(rng, n, grid=grid)):
         for candidate in scales:
             cell = candidate.cell
             assert np.array_equal(window(candidate.nucleus, cell.bbox)[0], cell.nucleus)
