@@ -1,0 +1,163 @@
+"""Folders of pictures: what is done is skipped, what was cut off goes on, and a cluster gives the same as one process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from segpc_nb import folders
+from segpc_nb.cells import iou_table
+from segpc_nb.folders import JOURNAL, Wanted, overlapped, predict_pictures, predict_picture, read_journal
+from segpc_nb.images import write_image
+from segpc_nb.pipeline import SHIPPED, BundleConfig, Segmenter, load_bundle
+from segpc_nb.synthetic import make_dataset
+
+WANTED = Wanted()
+needs_bundle = pytest.mark.skipif(not (SHIPPED / "bundle.json").exists(), reason="this copy comes without trained networks")
+
+
+@pytest.fixture(scope="module")
+def smears(tmp_path_factory):
+    "Eight synthetic pictures."
+    root = make_dataset(tmp_path_factory.mktemp("smears"), pictures=8, seed=3)
+    return sorted(next(root.rglob("x")).iterdir())
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    "Three drawn pictures of one cell, and a pipeline of arithmetic in place of the networks."
+    segmenter = Segmenter(lambda x: 40 * (0.35 - x[:, 1:2]), {1.75: lambda x: 40 * (0.7 - x[:, 1:2])}, BundleConfig((60, 80), (1.75,), (32,)))
+    monkeypatch.setattr(folders, "load_segmenter", lambda wanted: segmenter)
+    for k in range(3):
+        picture = np.full((60, 80, 3), (232, 215, 225), np.uint8)
+        cv2.circle(picture, (30 + 5 * k, 30), 15, (150, 140, 200), -1)
+        cv2.circle(picture, (30 + 5 * k, 30), 9, (90, 40, 130), -1)
+        write_image(tmp_path / "x" / f"{k}.png", picture)
+    return sorted((tmp_path / "x").iterdir())
+
+
+def masks(out):
+    "All masks of a folder of predictions, decoded."
+    return {path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED).tobytes() for path in (out / "y").iterdir()}
+
+
+def same(a, b):
+    "Do two folders hold the same masks and tables, floats at four decimals?"
+    pd.testing.assert_frame_equal(*(pd.read_csv(out / "cells.csv", dtype={"picture": str}).round(4) for out in (a, b)))
+    assert masks(a) == masks(b)
+
+
+def test_what_is_done_is_skipped_until_something_changed(drawn, tmp_path):
+    out = tmp_path / "out"
+    assert list(predict_pictures(drawn, out).cells.values()) == [1, 1, 1]
+    before = masks(out)
+    assert predict_pictures(drawn, out).skipped == ["0", "1", "2"]
+    (out / "y" / "1_1.png").unlink()  # a mask is gone
+    os.utime(drawn[2], ns=(1, 1))  # a picture is another one
+    assert list(predict_pictures(drawn, out).cells) == ["1", "2"] and masks(out) == before
+    assert list(predict_pictures(drawn, out, Wanted(select="keep-all")).cells) == ["0", "1", "2"]  # another way
+    assert list(predict_pictures(drawn, out, Wanted(select="keep-all"), redo=True).cells) == ["0", "1", "2"]
+    assert sorted(pd.read_csv(out / "cells.csv").picture.tolist()) == [0, 1, 2]
+
+
+def test_a_torn_journal_costs_one_picture(drawn, tmp_path):
+    out = tmp_path / "out"
+    predict_pictures(drawn, out)
+    text = (out / JOURNAL).read_text()
+    (out / JOURNAL).write_text(text[:-30])
+    (out / "cells.csv").unlink()
+    again = predict_pictures(drawn, out)
+    assert (list(again.cells), again.skipped) == (["2"], ["0", "1"])
+    assert sorted(read_journal(out)) == ["0", "1", "2"] and len(pd.read_csv(out / "cells.csv")) == 3
+
+
+def test_a_full_disk_is_reported_per_picture_and_nothing_is_half_done(drawn, tmp_path, monkeypatch):
+    from segpc_nb import exports
+
+    def full(path, content):
+        raise OSError(28, f"{path} was not written (No space left on device); free some space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(exports, "write_bytes", full)
+        failed = predict_pictures(drawn, tmp_path / "out").failed
+    assert list(failed) == drawn and all("free some space" in why for why in failed.values())
+    assert not read_journal(tmp_path / "out")
+    assert list(predict_pictures(drawn, tmp_path / "out").cells) == ["0", "1", "2"]
+
+
+def test_an_unforeseen_error_is_not_swallowed():
+    def broken(item, result):
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        list(overlapped(range(3), lambda item: item, lambda item, value: value, broken))
+
+
+@needs_bundle
+def test_the_shipped_networks_work_offline_and_a_killed_run_goes_on(smears, tmp_path):
+    blocked = "import socket, sys\ndef refuse(*a, **k): raise AssertionError('network')\nsocket.socket.connect = socket.create_connection = refuse\nfrom segpc_nb.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", blocked, "predict", str(smears[0].parent), "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    journal = tmp_path / "cut" / JOURNAL
+    process = subprocess.Popen([*command, str(tmp_path / "cut")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") >= 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(read_journal(tmp_path / "cut"))
+    assert 2 <= done
+    again = predict_pictures(smears, tmp_path / "cut", WANTED)
+    assert len(again.skipped) >= done and len(again.skipped) + len(again.cells) == len(smears)
+    same(tmp_path / "whole", tmp_path / "cut")
+    assert len(pd.read_csv(tmp_path / "whole" / "cells.csv")) > len(smears)  # they find cells
+
+
+@needs_bundle
+def test_tiles_give_the_nuclei_of_the_whole(smears):
+    segmenter = load_bundle()
+    field = np.concatenate([np.concatenate([cv2.imread(str(path))[:384, :512, ::-1] for path in smears[k : k + 2]], 1) for k in (0, 2)])
+    size = segmenter.config.nucleus_px * max(field.shape[0] / 768, field.shape[1] / 1024)
+    from segpc_nb.nuclei import nuclei_in_tiles
+    from segpc_nb.pipeline import network_grid
+
+    whole = segmenter.nuclei(field, size)
+    tiled = nuclei_in_tiles(lambda box, grid: segmenter._nuclei_of(field, box, grid), field.shape[:2], network_grid(segmenter.config, field.shape[:2], size), tile=256)
+    overlap = iou_table(whole, tiled, "nucleus")
+    assert len(whole) > 8 and abs(len(whole) - len(tiled)) <= 1
+    assert np.mean(overlap.max(1) > 0.95) > 0.95
+
+
+@needs_bundle
+@pytest.mark.slow
+def test_two_workers_of_whom_one_is_killed_give_the_same(smears, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    predict_pictures(smears, tmp_path / "one", WANTED)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        victim = next(iter(cluster.workers.values())).pid
+        told = []
+
+        def tell(line):
+            told.append(line)
+            if len(told) == len(smears) // 2:
+                os.kill(victim, signal.SIGKILL)
+
+        found = predict_pictures(smears, tmp_path / "two", WANTED, cluster=cluster.scheduler_address, told=tell)
+    assert not found.failed and len(found.cells) == len(smears)
+    same(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_worker_names_a_bad_picture(drawn, tmp_path):
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    folders._worker_segmenter.cache_clear()
+    assert "torn.png" in predict_picture(WANTED, tmp_path / "out", tmp_path / "torn.png", 0)
+    entry = predict_picture(WANTED, tmp_path / "out", drawn[0], 0)
+    folders._worker_segmenter.cache_clear()
+    assert entry["picture"] == "0" and len(entry["cells"]) == 1 and json.loads(json.dumps(entry)) == entry
