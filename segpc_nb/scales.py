@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.ndimage import gaussian_filter1d
 from scipy.signal import find_peaks
 
-from .cells import Cell, cell_from_parts, mask_from_cell, window
+from .cells import Cell, cell_from_parts, window
 from .metrics import official_score
 
 # %% ../nbs/07_scales.ipynb #5dce1d24

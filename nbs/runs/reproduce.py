@@ -55,7 +55,10 @@ def main():
     common = {"preset": chosen.preset, "data": str(Path(chosen.data).resolve()) if chosen.data else "", "out": str(out)}
     execute("1_nucleus.ipynb", out / "nucleus", **common)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // chosen.jobs))
-    train = lambda scale: execute("2_cytoplasm.ipynb", out / f"cytoplasm_{scale}", **common, scale=scale)
+
+    def train(scale):
+        return execute("2_cytoplasm.ipynb", out / f"cytoplasm_{scale}", **common, scale=scale)
+
     first, *others = PRESETS[chosen.preset].cytoplasm
     train(first)
     with ThreadPoolExecutor(chosen.jobs) as pool:
