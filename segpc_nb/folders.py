@@ -27,10 +27,11 @@ from tqdm.auto import tqdm
 from .cache import content_key
 from .cells import Cell
 from .exports import cells_table, read_cells_csv, write_masks
-from .images import natural_key, pixel_size, read_picture, write_bytes
+from .formats import qupath_features
+from .images import natural_key, pixel_size, write_bytes
 from .pipeline import SHIPPED, Segmenter, load_bundle
 from .released import ReleasedSegmenter, load_released
-from .sizes import estimate_nucleus_px
+from .sizes import Slide, estimate_nucleus_px, read_any
 
 # %% ../nbs/14_folders.ipynb #a764e30d
 AHEAD = 2  # pictures that are read before, or written after, the one the networks look at
@@ -94,12 +95,14 @@ def load_segmenter(
 def find_cells(
     wanted: Wanted,
     segmenter: Segmenter | ReleasedSegmenter,  # from `load_segmenter`
-    image: np.ndarray,  # (H, W, 3) uint8 RGB
+    image: np.ndarray | Slide,  # (H, W, 3) uint8 RGB
     number: int = 0,  # of the picture in its folder; one preset of the released code depends on it
     pixel_um: float | None = None,  # side of a pixel, um, where it is known
 ) -> list[Cell]:
     "The cells of one picture, as wanted."
     if wanted.preset != "project":
+        if isinstance(image, Slide):
+            raise ValueError(f"a slide of {image.shape[:2]} px; the released way knows whole fields only, leave --preset out")
         return segmenter.segment(image, number)
     if wanted.nucleus_px is None:
         return segmenter.segment(image, wanted.select, estimate_nucleus_px(segmenter, image, pixel_um)[1])
@@ -139,6 +142,8 @@ def is_done(
     "Was this file predicted this way, and is everything still there?"
     if entry is None or entry["key"] != key or entry["file"] != file_mark(path):
         return False
+    if entry["slide"]:
+        return (Path(out) / "slides" / f"{entry['picture']}.geojson").exists()
     return all((Path(out) / "y" / f"{entry['picture']}_{k}.png").exists() for k in range(1, len(entry["cells"]) + 1))
 
 
@@ -169,12 +174,16 @@ def journal_entry(
     path: Path,  # of the picture
     cells: list[Cell],
     shape: tuple[int, int],  # (H, W) of the picture
+    large: bool = False,  # a slide: outlines for QuPath instead of a mask as large as the slide for every cell
 ) -> dict:  # line of the journal
-    "Write the masks of a picture, and what there is to say about it."
+    "Write the cells of a picture, and what there is to say about it."
     mark = file_mark(path)
-    write_masks(Path(out) / "y", path.stem, cells, shape)
+    if large:
+        write_bytes(Path(out) / "slides" / f"{path.stem}.geojson", json.dumps(qupath_features(cells)).encode())
+    else:
+        write_masks(Path(out) / "y", path.stem, cells, shape)
     rows = cells_table({path.stem: cells}, {path.stem: shape}).to_dict("records")
-    return {"picture": path.stem, "file": mark, "key": wanted.key, "cells": rows}
+    return {"picture": path.stem, "file": mark, "key": wanted.key, "slide": large, "cells": rows}
 
 
 def predict_picture(
@@ -186,9 +195,9 @@ def predict_picture(
 ) -> dict | str:  # line of the journal, or why it failed
     "Predict one picture, on whatever machine."
     try:
-        image = read_picture(path)
+        image = read_any(path)
         cells = find_cells(wanted, _worker_segmenter(wanted, threads), image, number, pixel_size(path))
-        return journal_entry(wanted, out, path, cells, image.shape[:2])
+        return journal_entry(wanted, out, path, cells, image.shape[:2], isinstance(image, Slide))
     except FAILURES as error:
         return str(error)
 
@@ -260,13 +269,13 @@ def predict_pictures(
         told(f"{entry['picture']}: {len(entry['cells'])} cells")
 
     def work(item, image):
-        return find_cells(wanted, segmenter, image, item[0], pixel_size(item[1])), image.shape[:2]
+        return find_cells(wanted, segmenter, image, item[0], pixel_size(item[1])), image.shape[:2], isinstance(image, Slide)
 
     def write(item, result):
         enter(journal_entry(wanted, out, item[1], *result))
 
     try:
-        with closing(on_cluster(todo, wanted, out, cluster) if cluster else overlapped(todo, lambda item: read_picture(item[1]), work, write)) as finished:
+        with closing(on_cluster(todo, wanted, out, cluster) if cluster else overlapped(todo, lambda item: read_any(item[1]), work, write)) as finished:
             for (_, path), answer in tqdm(finished, "pictures", len(todo), disable=None):
                 if isinstance(answer, dict):  # from a worker
                     enter(answer)

@@ -239,7 +239,7 @@ def find_pictures(
     for path in map(Path, paths):
         if not path.exists():
             raise PictureError(path, "no such file or folder", "check the name")
-        inside = picture_files(path) if path.is_dir() else [path]
+        inside = picture_files(path) if path.is_dir() and path.suffix.lower() != ".zarr" else [path]  # an OME-Zarr is a folder, but one picture
         if not inside:
             raise PictureError(path, "a folder without pictures", f"allowed are {' '.join(PICTURE_SUFFIXES)}")
         for file in inside:

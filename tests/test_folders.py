@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import shapely
+import tifffile
 
 from segpc_nb import folders
 from segpc_nb.cells import iou_table
@@ -132,6 +134,40 @@ def test_tiles_give_the_nuclei_of_the_whole(smears):
     overlap = iou_table(whole, tiled, "nucleus")
     assert len(whole) > 8 and abs(len(whole) - len(tiled)) <= 1
     assert np.mean(overlap.max(1) > 0.95) > 0.95
+
+
+SLIDE = """
+import resource, sys
+from pathlib import Path
+from segpc_nb import folders
+from segpc_nb.folders import Wanted, predict_pictures
+from segpc_nb.pipeline import BundleConfig, Segmenter
+config = BundleConfig((384, 512), (1.75,), (64,), nucleus_px=50.0)
+folders.load_segmenter = lambda wanted: Segmenter(lambda x: 40 * (0.35 - x[:, 1:2]), {1.75: lambda x: 40 * (0.7 - x[:, 1:2])}, config)
+found = predict_pictures([Path(sys.argv[1])], Path("out"), Wanted(nucleus_px=218.0))
+assert not found.failed, found.failed
+print(found.cells["slide"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_slide_of_20000_pixels_a_side_in_bounded_memory(tmp_path):
+    side, block = 20_000, 400
+    tile = np.full((block, block, 3), (232, 215, 225), np.uint8)
+    busy = tile.copy()
+    cv2.circle(busy, (200, 200), 180, (150, 140, 200), -1)
+    cv2.circle(busy, (200, 200), 109, (90, 40, 130), -1)
+    places = [(row, column) for row in range(side // block) for column in range(side // block)]
+    blocks = (busy if row % 5 == 0 and column % 7 == 0 else tile for row, column in places)
+    tifffile.imwrite(tmp_path / "slide.tif", blocks, shape=(side, side, 3), dtype=np.uint8, tile=(block, block), photometric="rgb", compression="zlib")
+    done = subprocess.run([sys.executable, "-c", SLIDE, str(tmp_path / "slide.tif")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cells, peak = map(int, done.stdout.split()[-2:])
+    assert cells == 10 * 8
+    assert peak < 3000  # MB; the slide alone holds 1200
+    outlines = json.loads((tmp_path / "out" / "slides" / "slide.geojson").read_text())["features"]
+    areas = [shapely.geometry.shape(outline["nucleusGeometry"]).area for outline in outlines]
+    assert np.allclose(areas, np.pi * 109**2, rtol=0.03)
 
 
 @needs_bundle
