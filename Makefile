@@ -6,7 +6,7 @@ DATA ?=
 OUT ?= runs/$(PRESET)
 BIN := .venv/bin
 
-.PHONY: help setup reproduce test test-slow sync readme bundle lab clean
+.PHONY: help setup reproduce test test-slow sync readme docs bundle lab clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ sync: setup  ## are notebooks clean, and do the modules stand as the notebooks e
 readme: setup  ## README.md from nbs/index.ipynb
 	$(BIN)/python nbs/readme.py
 
+docs: setup  ## the documentation site, offline, in _docs/html
+	$(BIN)/python docs/build.py _docs
+
 bundle: setup  ## the networks of runs/light become those of the package
 	rm -rf segpc_nb/bundle/nucleus segpc_nb/bundle/cytoplasm_*
 	cp -r runs/light/bundle/. segpc_nb/bundle/
@@ -43,4 +46,4 @@ lab: setup  ## open the chapters and runs in JupyterLab
 	$(BIN)/jupyter lab nbs
 
 clean:  ## remove the environment and what runs left behind
-	rm -rf .venv runs data build *.egg-info
+	rm -rf .venv runs data build _docs *.egg-info

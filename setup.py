@@ -9,7 +9,7 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
-extras = {name: settings[f"{name}_requirements"].split() for name in ("cluster", "light", "run", "slides", "dev")}
+extras = {name.removesuffix("_requirements"): settings[name].split() for name in settings if name.endswith("_requirements")}
 extras["all"] = sorted({package for packages in extras.values() for package in packages})
 
 setup(
