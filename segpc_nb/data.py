@@ -191,7 +191,7 @@ def draw_scales(
     for scale in SCALES:
         axes.axvline(scale, color="red", linewidth=1, label="scales of the paper" if scale == SCALES[0] else None)
     axes.set(xlabel="cytoplasm area / nucleus area", ylabel="cells")
-    axes.legend(frameon=False)
+    axes.legend(framealpha=1)
     figure.savefig(content, format=path.suffix[1:].lower(), dpi=120)
     write_bytes(path, content.getvalue())
 
