@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from tqdm import tqdm
 
 from .cells import Cell, cell_from_mask, iou_table, same_cell
 from .images import PICTURE_SUFFIXES, PictureError, equalize_histogram, natural_key, picture_files, read_mask, read_picture
@@ -159,44 +160,45 @@ def unpack_dataset(
 # %% ../nbs/05_dataset.ipynb #2037324e
 def check_samples(
     samples: list[Sample],  # from `list_samples`
-) -> pd.DataFrame:  # one row per problem: file, problem
+    progress: bool = False,  # a bar on standard error, where that is a terminal
+) -> pd.DataFrame:  # one row per problem: file, level ("error" or "warning"), problem
     "Read every file of the samples, look at what else stands in their folders, and list what is wrong."
     folders = dict.fromkeys(sample.picture.parent.parent for sample in samples)
     problems = [problem for folder in folders for problem in _folder_problems(folder)]
-    problems += [problem for sample in samples for problem in _sample_problems(sample)]
-    return pd.DataFrame([(path.name, text) for path, text in problems], columns=["file", "problem"])
+    problems += [problem for sample in tqdm(samples, "reading", disable=None if progress else True) for problem in _sample_problems(sample)]
+    return pd.DataFrame([(path.name, level, text) for path, level, text in problems], columns=["file", "level", "problem"])
 
 
-def _folder_problems(folder: Path) -> list[tuple[Path, str]]:
+def _folder_problems(folder: Path) -> list[tuple[Path, str, str]]:
     pictures, masks = picture_files(folder / "x"), picture_files(folder / "y")
-    ids = {path.stem for path in pictures}
-    problems = [(path, "no picture belongs to this mask") for path in masks if picture_of(path) not in ids]
+    ids, fix = {path.stem for path in pictures}, "masks are named after their picture, ID_K; rename it or take it out"
+    problems = [(path, "error", f"no picture belongs to this mask; {fix}") for path in masks if picture_of(path) not in ids]
     files = [path for part in ("x", "y") if (folder / part).is_dir() for path in sorted((folder / part).iterdir())]
     others = [path for path in files if path not in {*pictures, *masks} and not path.name.startswith(".")]
-    return problems + [(path, f"not read; allowed are {' '.join(PICTURE_SUFFIXES)}") for path in others]
+    return problems + [(path, "warning", f"not read; allowed are {' '.join(PICTURE_SUFFIXES)}") for path in others]
 
 
-def _sample_problems(sample: Sample) -> list[tuple[Path, str]]:
+def _sample_problems(sample: Sample) -> list[tuple[Path, str, str]]:
     problems, cells, shape = [], [], None
     if not sample.masks and (sample.picture.parent.parent / "y").is_dir():
-        problems.append((sample.picture, "no mask belongs to this picture"))
+        problems.append((sample.picture, "warning", "no mask belongs to this picture; take it out, or all of it counts as background"))
     try:
         shape = sample.image().shape[:2]
     except (ValueError, OSError) as error:
-        problems.append((sample.picture, str(error).removeprefix(f"{sample.picture}: ")))
+        problems.append((sample.picture, "error", str(error).removeprefix(f"{sample.picture}: ")))
     for path in sample.masks:
         try:
             cells += Sample(sample.id, sample.picture, (path,)).cells(shape)
         except (ValueError, OSError) as error:
-            problems.append((path, str(error).removeprefix(f"{path}: ")))
+            problems.append((path, "error", str(error).removeprefix(f"{path}: ")))
             continue
         if not cells[-1].nucleus.any():
-            problems.append((path, "a cell without a nucleus"))
+            problems.append((path, "warning", "a cell without a nucleus; draw one, or the cell can't be trained on"))
         for other in cells[:-1]:
             if other.id == cells[-1].id:
-                problems.append((path, f"a second cell of number {other.id}"))
+                problems.append((path, "error", f"a second cell of number {other.id}; rename one of the two"))
             elif iou_table([other], cells[-1:], "nucleus")[0, 0] > 0.9:
-                problems.append((path, f"the same nucleus as in {sample.id}_{other.id}"))
+                problems.append((path, "warning", f"the same nucleus as in {sample.id}_{other.id}; take one of the two out"))
     return problems
 
 # %% ../nbs/05_dataset.ipynb #96f466e3

@@ -232,15 +232,16 @@ def test_options_from_a_file(smears):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "command"),
-        (["predcit", "x"], "predcit"),
+        (["predcit", "x"], "'predcit', did you mean 'predict'. The commands are doctor, synth"),
+        (["abracadabra"], "no command 'abracadabra'; The commands are"),
+        (["--predict", "x"], "segpc --predict|predict"),
         (["predict", "x"], "out"),
         (["predict", "--out", "out"], "PICTURE_OR_FOLDER|pictures"),
         (["predict", "x", "--out", "out", "--bundle", "b", "--select", "best"], "keep-all"),
         (["predict", "x", "--out", "out", "--bundle", "b", "--preset", "paper"], "released-bug"),
         (["predict", "x", "--out", "out", "--bundle", "b", "--preset", "released", "--select", "fuse"], "leave one of them out"),
         (["predict", "x", "--out", "out", "--bundle", "b", "--preset", "released"], "cytoplasm_0.5 holds no network"),
-        (["predict", "x", "--out", "out", "--bundle", "b", "--colour", "red"], "colour"),
+        (["predict", "x", "--out", "out", "--bundle", "b", "--colour", "red"], "--colour red; `segpc predict --help` shows the words"),
         (["predict", "nothing", "--out", "out", "--bundle", "b"], "nothing: no such file or folder"),
         (["predict", "x", "twin", "--out", "out", "--bundle", "b"], "have the same name"),
         (["evaluate", "--truth", "truth", "--pred", "x"], "no folder y"),
@@ -249,7 +250,12 @@ def test_options_from_a_file(smears):
         (["submit", "--pred", "truth", "--out", "submission.doc"], "allowed are .zip"),
         (["submit", "--pred", "nobody", "--out", "s.zip"], "holds no mask"),
         (["synth", "data", "--pictures", "0"], "allowed are 1 and more"),
-        (["synth", "data", "--pictures", "many"], "many"),
+        (["synth", "data", "--pictures", "many"], "Expected a int. Got value: many"),
+        (["check", "nowhere"], "nowhere: no such folder; check the name"),
+        (["scales", "truth"], "holds no split of SegPC-2021"),
+        (["scales", "x", "--figure", "a.doc"], "allowed are .png, .pdf and .svg"),
+        (["reproduce", "--runs", "x"], "x holds no reproduce.py: the run notebooks are in the repository"),
+        (["train", "stain", "--out", "out"], "'nucleus', 'cytoplasm'"),
     ],
 )
 def test_wrong_words_end_with_2_and_one_line(smears, capsys, words, message):
@@ -289,7 +295,7 @@ def test_words_are_those_of_the_pipeline():
 
 
 def test_help_and_typos_do_not_load_torch():
-    code = "import sys; from segpc_nb.cli import main; assert main(['predcit']) == 2; assert 'torch' not in sys.modules"
+    code = "import sys; from segpc_nb.cli import main; assert main(['predcit']) == main([]) == 2; main(['--help']) if len(sys.argv) > 1 else 0; assert not {'torch', 'cv2', 'numpy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
