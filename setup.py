@@ -9,7 +9,7 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
-extras = {name: settings[f"{name}_requirements"].split() for name in ("light", "run", "dev")}
+extras = {name: settings[f"{name}_requirements"].split() for name in ("light", "onnx", "openvino", "run", "dev")}
 extras["all"] = sorted({package for packages in extras.values() for package in packages})
 
 setup(
