@@ -5,8 +5,9 @@ PRESET ?= smoke
 DATA ?=
 OUT ?= runs/$(PRESET)
 BIN := .venv/bin
+absolute = $(if $(1),$(if $(filter /%,$(1)),,$(CURDIR)/)$(1))
 
-.PHONY: help setup reproduce test test-slow sync readme docs bundle lab clean
+.PHONY: help setup reproduce test test-slow sync readme docs bundle lab viewer clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +45,9 @@ bundle: setup  ## the networks of runs/light become those of the package
 
 lab: setup  ## open the chapters and runs in JupyterLab
 	$(BIN)/jupyter lab nbs
+
+viewer: setup  ## the viewer as a page: BUNDLE=folder PICTURES=folder (default: the shipped networks, synthetic pictures)
+	SEGPC_BUNDLE='$(call absolute,$(BUNDLE))' SEGPC_PICTURES='$(call absolute,$(PICTURES))' $(BIN)/voila nbs/viewer_app.ipynb
 
 clean:  ## remove the environment and what runs left behind
 	rm -rf .venv runs data build _docs *.egg-info
