@@ -31,6 +31,7 @@ from .formats import qupath_features
 from .images import natural_key, pixel_size, write_bytes
 from .pipeline import SHIPPED, Segmenter, load_bundle
 from .released import ReleasedSegmenter, load_released
+from .runtimes import with_backend
 from .sizes import Slide, estimate_nucleus_px, read_any
 
 # %% ../nbs/14_folders.ipynb #a764e30d
@@ -76,20 +77,23 @@ class Wanted:
     nucleus_px: float | None = None  # longest side of a typical nucleus, px; None estimates it for each picture
     preset: str = "project"  # or one of `released.PRESETS`
     device: str = "cpu"  # where the networks run
+    backend: str = "torch"  # what they run in, one of `runtimes.BACKENDS` or "auto"
 
     @cached_property
     def key(self) -> str:
         "The name of this way, by the content of the bundle."
         folder = SHIPPED if self.bundle is None else Path(self.bundle)
         files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors"))
-        return content_key(repr((self.select, self.nucleus_px, self.preset)), *files)[:16]
+        return content_key(repr((self.select, self.nucleus_px, self.preset, self.backend)), *files)[:16]
 
 
 def load_segmenter(
     wanted: Wanted,
 ) -> Segmenter | ReleasedSegmenter:
     "The networks, ready."
-    return load_bundle(wanted.bundle, wanted.device) if wanted.preset == "project" else load_released(wanted.bundle, wanted.preset, wanted.device)
+    if wanted.preset != "project":
+        return load_released(wanted.bundle, wanted.preset, wanted.device)
+    return with_backend(load_bundle(wanted.bundle, wanted.device), wanted.backend)
 
 
 def find_cells(
@@ -201,7 +205,7 @@ def predict_picture(
     except FAILURES as error:
         return str(error)
 
-
+# %% ../nbs/14_folders.ipynb #f6e11790
 def on_cluster(
     items: list[tuple[int, Path]],  # number and path of each picture
     wanted: Wanted,

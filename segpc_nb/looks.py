@@ -25,6 +25,7 @@ from .aggregation import Candidate, accepts
 from .cells import Cell
 from .pipeline import BundleConfig, Segmenter
 from .plots import CELL_COLORS, OUTLINE_COLORS, outlines, show_cells, show_picture
+from .regions import picture_window
 
 # %% ../nbs/15_looks.ipynb #4c809e25
 class Remembering(torch.nn.Module):
@@ -204,7 +205,7 @@ def show_crop(
     top, left, bottom, right = candidate.box
     cell = candidate.cell
     moved = tuple(int(value) for value in np.subtract(cell.bbox, (top, left, top, left)))
-    return show_cells(image[top:bottom, left:right], [replace(cell, bbox=moved)], ax)
+    return show_cells(picture_window(image, candidate.box), [replace(cell, bbox=moved)], ax)
 
 
 def show_probability(

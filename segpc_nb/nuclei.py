@@ -64,7 +64,7 @@ def find_nuclei(
     return cells
 
 # %% ../nbs/12_nuclei.ipynb #6dc9be7f
-TILE, HALO = 768, 128  # px of the network's grid, multiples of its step
+TILE, HALO = 768, 256  # px of the network's grid, multiples of its step
 SLACK = 2  # px of the grid by which a core reaches over its seams
 
 

@@ -81,7 +81,7 @@ def aggregate(
     if select not in SELECTIONS:
         raise ValueError(f"select = {select!r}, allowed: {', '.join(SELECTIONS)}")
     if select == "keep-all":
-        return keep_all(candidates)
+        return keep_all(candidates, {})
     if select == "paper":
         cells = select_by_ratio(candidates, config.upper_ratios)
     else:
@@ -115,7 +115,7 @@ def ask_batch(
         raise ValueError("network: its answer holds NaN; its weights are broken, train it again with a smaller step or clip_norm")
     return answer
 
-
+# %% ../nbs/13_pipeline.ipynb #c2ddb940
 def ask(
     network: Callable,  # (N, C, h, w) float to (N, 1, h, w) logits
     images: np.ndarray,  # (N, C, h, w) uint8: RGB 0..255, then nucleus 0/1 where C is 4

@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 
 from .images import find_pictures, pixel_size, read_picture
 from .looks import CHOSEN, LAYERS, Look, explain, inner_point, remembering, retuned, scale_table, show_crop, show_layers, show_probability, take_look
-from .pipeline import BundleConfig, Segmenter, check_picture, estimate_nucleus_px
+from .pipeline import BundleConfig, Segmenter, check_picture
+from .sizes import estimate_nucleus_px
 
 # %% ../nbs/16_viewer.ipynb #f03e12cb
 def draw_png(
@@ -46,10 +47,11 @@ def pyramid_html(
     "One card per scale: crop, probability, and the numbers that decide."
     cards = []
     for candidate, row in zip(look.candidates, scale_table(look.candidates, look.config).itertuples()):
-        shape = candidate.probability.shape
+        top, left, bottom, right = candidate.box
         draws = {"crop with cell": lambda ax: show_crop(look.image, candidate, ax), "probability": lambda ax: show_probability(candidate, look.config.cell_threshold, ax)}
         pictures = ""
         for name, draw in draws.items():
+            shape = candidate.probability.shape if name == "probability" else (bottom - top, right - left)
             source = base64.b64encode(draw_png(draw, shape, side)).decode()
             pictures += f'<img src="data:image/png;base64,{source}" alt="scale {row.scale}: {name}" style="width:48%;object-fit:contain">'
         limit = "none" if np.isinf(row.upper_ratio) else f"{row.upper_ratio:.3f}"
@@ -176,7 +178,7 @@ class Viewer(Panel):
     def _look(self):
         if self.image is None:
             image, pixel_um = open_picture(self.sources[self.id.value])
-            self.nucleus_px, self.image = estimate_nucleus_px(self.segmenter, image, pixel_um), image
+            self.nucleus_px, self.image = estimate_nucleus_px(self.segmenter, image, pixel_um)[0], image
         look = take_look(retuned(self.segmenter, tuned_config(self.segmenter.config, self.sliders)), self.image, self.place, self.nucleus_px)
         self.place = self.place or (look.chosen and inner_point(look.chosen))
         return look

@@ -14,7 +14,7 @@ import tifffile
 import torch
 from pycocotools.coco import COCO
 
-from segpc_nb import cli, config, formats, keras_weights, pipeline, released
+from segpc_nb import cli, config, folders, formats, keras_weights, pipeline, runtimes
 from segpc_nb.cells import cell_from_parts
 from segpc_nb.exports import read_cells_csv, read_results, read_submission, write_masks
 from segpc_nb.images import read_mask, write_image
@@ -35,7 +35,7 @@ STUB = Segmenter(
 def smears(tmp_path, monkeypatch):
     "Two drawn pictures with annotation, and a pipeline of arithmetic in place of a bundle."
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "load_bundle", lambda folder, device="cpu": STUB)
+    monkeypatch.setattr(folders, "load_bundle", lambda folder, device="cpu": STUB)
     rows, columns = np.mgrid[:60, :80]
     for id, places in {"7_a": [(20, 20, 15)], "10": [(30, 25, 11), (30, 60, 15)]}.items():
         picture, cells = np.full((60, 80, 3), (232, 215, 225), np.uint8), []
@@ -86,7 +86,7 @@ def test_the_released_way_keeps_every_plausible_cell(smears, monkeypatch, preset
         networks = dict.fromkeys((0.5, 1.75, 2.6, 3.0), lambda crops: 40 * (0.7 - crops[:, 1:2]) * (crops[:, 1:2] > 0))
         return ReleasedSegmenter(lambda images: 40 * (0.35 - images[:, 1:2]), networks, PRESETS[preset])
 
-    monkeypatch.setattr(released, "load_released", load)
+    monkeypatch.setattr(folders, "load_released", load)
     for name in ("11", "12"):
         (smears / f"x/{name}.bmp").write_bytes((smears / "x/10.bmp").read_bytes())
     assert run("predict", "x", "--out", "out", "--bundle", "b", "--preset", preset) == (1 if preset == "released-bug" else 0)
@@ -120,33 +120,34 @@ def test_predicting_again_replaces_and_keeps(smears):
 
 
 def test_a_stopped_run_leaves_whole_results(smears, monkeypatch, capsys):
-    class Stopping:
-        config = STUB.config
-
-        def segment(self, image, select, nucleus_px):
-            if (smears / "out/y").exists():
+    class Stopping(Segmenter):
+        def segment(self, image, *settings):
+            if len(seen) == 1:
                 raise KeyboardInterrupt
-            return STUB.segment(image, select, nucleus_px=nucleus_px)
+            seen.append(image)
+            return super().segment(image, *settings)
 
-    monkeypatch.setattr(pipeline, "load_bundle", lambda folder, device="cpu": Stopping())
+    seen = []
+    monkeypatch.setattr(folders, "load_bundle", lambda folder, device="cpu": Stopping(STUB.nucleus_network, STUB.cell_networks, STUB.config))
     assert run("predict", "x", "--out", "out", "--bundle", "b") == 130
-    assert capsys.readouterr().err == "segpc: stopped\n"
+    assert capsys.readouterr().err.endswith("segpc: stopped\n")
     cells, _ = read_results(smears / "out")
     assert list(cells) == ["7_a"]
+    monkeypatch.setattr(folders, "load_bundle", lambda folder, device="cpu": STUB)
+    assert run("predict", "x", "--out", "out", "--bundle", "b", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"cells": {"10": 2}, "skipped": ["7_a"], "failed": {}}
 
 
 def test_the_size_of_nuclei_is_passed_on(smears, monkeypatch, capsys):
     given = []
 
-    class Listening:
-        config = STUB.config
-
-        def segment(self, image, select, nucleus_px):
+    class Listening(Segmenter):
+        def nuclei(self, image, nucleus_px=None):
             given.append(nucleus_px)
-            return STUB.segment(image, select)
+            return super().nuclei(image)
 
-    monkeypatch.setattr(pipeline, "load_bundle", lambda folder, device="cpu": Listening())
-    monkeypatch.setattr(pipeline, "estimate_nucleus_px", lambda segmenter, image, pixel_um: 33.0)
+    monkeypatch.setattr(folders, "load_bundle", lambda folder, device="cpu": Listening(STUB.nucleus_network, STUB.cell_networks, STUB.config))
+    monkeypatch.setattr(folders, "estimate_nucleus_px", lambda segmenter, image, pixel_um: (33.0, segmenter.nuclei(image, 33.0)))
     assert run("predict", "x/10.bmp", "--out", "out", "--bundle", "b") == 0
     assert run("predict", "x/10.bmp", "--out", "out", "--bundle", "b", "--nucleus-px", "21") == 0
     assert given == [33.0, 21.0]
@@ -226,7 +227,7 @@ def test_options_from_a_file(smears):
     (smears / "options.yaml").write_text("pictures: [x]\nout: out\nbundle: b\nselect: keep-all\n", encoding="utf-8")
     words = ["predict", "--config", "options.yaml", "x"]
     assert run(*words) == 0
-    assert len(read_cells_csv(smears / "out/cells.csv")) == 4
+    assert len(read_cells_csv(smears / "out/cells.csv")) == 6  # 3 nuclei, 2 scales
 
 
 @pytest.mark.parametrize(
@@ -289,9 +290,9 @@ def test_no_bundle_says_how_to_make_one(tmp_path, monkeypatch, capsys):
 
 def test_words_are_those_of_the_pipeline():
     assert cli.SELECT == SELECTIONS
-    assert list(inspect.signature(cli.predict).parameters) == ["pictures", "out", "bundle", "select", "device", "preset", "nucleus_px"]
+    assert list(inspect.signature(cli.predict).parameters) == ["pictures", "out", "bundle", "select", "device", "preset", "nucleus_px", "backend", "cluster", "redo", "told"]
     assert cli.TRAINING == tuple(config.PRESETS) and cli.EXPORTS == formats.FORMATS
-    assert cli.PRESET == ("project", *PRESETS)
+    assert cli.PRESET == ("project", *PRESETS) and cli.BACKENDS == (*runtimes.BACKENDS, "auto")
 
 
 def test_help_and_typos_do_not_load_torch():

@@ -130,10 +130,10 @@ def test_tiles_give_the_nuclei_of_the_whole(smears):
     from segpc_nb.pipeline import network_grid
 
     whole = segmenter.nuclei(field, size)
-    tiled = nuclei_in_tiles(lambda box, grid: segmenter._nuclei_of(field, box, grid), field.shape[:2], network_grid(segmenter.config, field.shape[:2], size), tile=256)
+    tiled = nuclei_in_tiles(lambda box, grid: segmenter._nuclei_of(field, box, grid), field.shape[:2], network_grid(segmenter.config, field.shape[:2], size), tile=384)
     overlap = iou_table(whole, tiled, "nucleus")
     assert len(whole) > 8 and abs(len(whole) - len(tiled)) <= 1
-    assert np.mean(overlap.max(1) > 0.95) > 0.95
+    assert np.mean(overlap.max(1) > 0.9) > 0.9
 
 
 SLIDE = """
