@@ -194,7 +194,7 @@ def test_a_stopped_run_saves_in_the_middle_of_an_epoch_and_resumes_to_the_same_b
     stopped, _ = begin(script, tmp_path / "stopped", name, workers=workers)
     steps_before(stopped, 8)
     os.killpg(stopped.pid, number)  # as a terminal or a scheduler does it: the loading processes are meant, too
-    assert stopped.wait() == (143 if number == signal.SIGTERM else -signal.SIGINT)  # as if nobody had caught it, but saved
+    assert stopped.wait() in ((143,) if number == signal.SIGTERM else (-signal.SIGINT, 1))  # as if nobody had caught it, but saved; 1 where a library runs code at exit
     progress = load_checkpoint(tmp_path / "stopped" / "latest.pt")["progress"]
     assert len(progress["history"]) < 4 and progress["step"] > 0
     finish(script, tmp_path / "stopped", name)
