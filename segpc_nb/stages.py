@@ -207,7 +207,7 @@ def model_card(
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     first = manifests[0]
     machine = first["machine"]["gpu"] or f"{first['machine']['cores']} cores ({first['machine']['processor']})"
-    facts = {"sha": first["data_sha256"], "commit": first["commit"], "seed": first["config"]["seed"], "torch": first["versions"]["torch"], "machine": machine}
+    facts = {"sha": first["data_sha256"], "commit": "`, `".join(dict.fromkeys(str(manifest["commit"]) for manifest in manifests)), "seed": first["config"]["seed"], "torch": first["versions"]["torch"], "machine": machine}
     sizes = {"train": len(split.train), "valid": len(split.valid), "holdout": len(split.holdout)}
     scales = ", ".join(str(manifest["scale"]) for manifest in manifests[1:])
     minutes = sum(manifest["seconds"] for manifest in manifests) / 60
