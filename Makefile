@@ -1,4 +1,4 @@
-# One target per habit. `make reproduce` and `make test` need Python 3.10 or newer and nothing else.
+# One target per habit. `make reproduce` and `make test` need Python 3.11 or newer and nothing else.
 SHELL := /bin/bash
 PYTHON ?= python3
 PRESET ?= smoke

@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -52,7 +52,7 @@ def package_findings(
     if installed(package) is None:
         return [Finding(package, "error", "not installed, only its folder was found", "pip install -e . (in the project's folder)")]
     needed = [Requirement(text) for text in requires(package) or []]
-    extras = sorted({extra for item in needed if item.marker for extra in ("light", "run", "dev") if item.marker.evaluate({"extra": extra})})
+    extras = sorted(set(metadata(package).get_all("Provides-Extra") or []) - {"all"})
     findings = [Finding(package, "ok", installed(package))]
     for item in needed:
         found = installed(item.name)

@@ -13,8 +13,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from contextlib import closing
+from dataclasses import dataclass, replace
+from contextlib import closing, nullcontext
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .cache import content_key
 from .cells import Cell
-from .exports import cells_table, read_cells_csv, write_masks
+from .exports import cells_table, read_cells_csv, write_cells_csv, write_masks
 from .formats import qupath_features
 from .images import natural_key, pixel_size, write_bytes
 from .pipeline import SHIPPED, Segmenter, load_bundle
@@ -217,16 +217,14 @@ def on_cluster(
         from dask.distributed import Client, LocalCluster, as_completed
     except ImportError as error:
         raise ValueError("--cluster needs the extra: pip install 'segpc_nb[cluster]'") from error
-    local = LocalCluster(threads_per_worker=1, n_workers=os.cpu_count(), dashboard_address=None) if address == "local" else None
-    with Client(local or address) as client:
+    local = LocalCluster(threads_per_worker=1, n_workers=os.cpu_count(), dashboard_address=None) if address == "local" else nullcontext(address)
+    with local as scheduler, Client(scheduler) as client:
         place = Path(out).resolve()
         futures = {client.submit(predict_picture, wanted, place, path.resolve(), number, 1, retries=2, pure=False): (number, path) for number, path in items}
         for future in as_completed(futures):
             error = future.exception()
             yield futures[future], f"its worker failed: {error}" if error else future.result()
             future.release()
-    if local:
-        local.close()
 
 # %% ../nbs/14_folders.ipynb #9e21569a
 @dataclass(frozen=True)
@@ -247,7 +245,7 @@ def earlier_table(
         return read_cells_csv(table)
     if any((Path(out) / "y").glob("*_*")) and not (Path(out) / JOURNAL).exists():
         raise ValueError(f"{Path(out) / 'y'} holds masks but {out} has no cells.csv, so they may be an annotation; choose another --out")
-    write_bytes(table, cells_table({}, {}).to_csv(index=False, lineterminator="\n").encode())
+    write_cells_csv(table, {}, {})
     return cells_table({}, {})
 
 
@@ -260,6 +258,7 @@ def predict_pictures(
     told: Callable[[str], None] = lambda line: None,  # gets a line per picture
 ) -> Predicted:
     "Find the cells of many pictures; a run that was cut off goes on."
+    wanted = replace(wanted, bundle=wanted.bundle and Path(wanted.bundle).resolve())  # workers may stand in another folder
     segmenter = None if cluster else load_segmenter(wanted)
     earlier, journal, key, counts, failed = earlier_table(out), read_journal(out), wanted.key, {}, {}
     write_bytes(Path(out) / JOURNAL, "".join(json.dumps(entry) + "\n" for entry in journal.values()).encode())  # without a line that was cut off

@@ -181,6 +181,8 @@ def check_picture(
     if getattr(image, "dtype", None) != np.uint8 or len(shape) != 3 or shape[2] != 3 or not min(shape):
         found = f"{image.dtype} of shape {tuple(shape)}" if hasattr(image, "dtype") else type(image).__name__
         raise ValueError(f"image: {found}; expected a uint8 array (height, width, 3) in RGB, as images.read_picture gives")
+    if equalize and not isinstance(image, np.ndarray):
+        raise ValueError(f"image: {shape} px, read window by window; networks that want equalised pictures need all of it at once, so cut it into parts")
     return equalize_histogram(image) if equalize else image
 
 # %% ../nbs/13_pipeline.ipynb #05a78c9a

@@ -48,7 +48,7 @@ def estimate_nucleus_px(
         return size, segmenter.nuclei(image, size)
     field_px = field_size(config, image.shape)
     first = [NUCLEUS_UM / pixel_um] if pixel_um else []
-    tries, best, surest = [*first, None, *(field_px * zoom for zoom in ZOOMS)], None, EVIDENCE
+    tries, best, surest = [*first, None, *(field_px * zoom for zoom in ZOOMS)], (None, []), EVIDENCE
     for tried in tries:
         expected, nuclei = tried or field_px, segmenter.nuclei(image, tried)
         sides = np.array([max(n.bbox[2] - n.bbox[0], n.bbox[3] - n.bbox[1]) for n in nuclei])
@@ -58,7 +58,9 @@ def estimate_nucleus_px(
         sure = float(np.sum(np.exp(-(misfit**2)) * [n.score for n in nuclei])) if nuclei else 0.0
         if sure > surest:
             best, surest = (tried, nuclei), sure
-    return best or (None, segmenter.nuclei(image))
+        elif tried is None and surest == EVIDENCE:
+            best = None, nuclei
+    return best
 
 # %% ../nbs/13_sizes.ipynb #18cdf96c
 class Slide:
@@ -97,12 +99,15 @@ def open_slide(
     except ImportError as error:
         raise ValueError(f"{path} is larger than {MAX_PIXELS:,} px and is read in windows, which needs the extra: pip install 'segpc_nb[slides]'") from error
     if path.suffix.lower() == ".zarr":
-        group = zarr.open_group(path, mode="r")
-        scales = dict(group.attrs.get("ome", group.attrs)).get("multiscales")
-        if not scales:
-            raise ValueError(f"{path} is no OME-Zarr (no multiscales); allowed are OME-Zarr, tiled TIFF and pictures of up to {MAX_PIXELS:,} px")
-        names = [axis["name"] if isinstance(axis, dict) else axis for axis in scales[0].get("axes", "tczyx")]
-        return Slide(group[scales[0]["datasets"][0]["path"]], "".join(names))
+        try:
+            group = zarr.open_group(path, mode="r")
+            scale = dict(group.attrs.get("ome", group.attrs))["multiscales"][0]
+            names = [axis["name"] if isinstance(axis, dict) else axis for axis in scale.get("axes", "tczyx")]
+            blocks = group[scale["datasets"][0]["path"]]
+        except (KeyError, IndexError, TypeError, OSError, ValueError) as error:
+            allowed = f"OME-Zarr, tiled TIFF and pictures of up to {MAX_PIXELS:,} px"
+            raise ValueError(f"{path} is no OME-Zarr ({type(error).__name__}: {error}); allowed are {allowed}") from error
+        return Slide(blocks, "".join(names))
     with tifffile.TiffFile(path) as file:
         series = file.series[0]
         if not series.pages[0].is_tiled:
@@ -117,7 +122,8 @@ def read_any(
     "Read a picture; open it where it is too large for that."
     path = Path(path)
     if path.suffix.lower() == ".zarr":
-        return open_slide(path)
+        slide = open_slide(path)
+        return slide if np.prod(slide.shape[:2], dtype=float) > MAX_PIXELS else slide[:, :]
     if path.suffix.lower() in (".tif", ".tiff"):
         try:
             with tifffile.TiffFile(path) as file:

@@ -59,11 +59,12 @@ def main():
     def train(scale):
         return execute("2_cytoplasm.ipynb", out / f"cytoplasm_{scale}", **common, scale=scale)
 
-    first, *others = PRESETS[chosen.preset].cytoplasm
-    train(first)
+    setting = PRESETS[chosen.preset]
+    if setting.first is not None:  # the others start from it
+        train(setting.first)
     with ThreadPoolExecutor(chosen.jobs) as pool:
-        list(pool.map(train, others))
-    if PRESETS[chosen.preset].yardstick:
+        list(pool.map(train, (scale for scale in setting.cytoplasm if scale != setting.first)))
+    if setting.yardstick:
         execute("yardstick.ipynb", out / "yardstick", **common)
     print(f"\nReport: {report(execute('3_evaluate.ipynb', out / 'evaluate', **common))}")
 
