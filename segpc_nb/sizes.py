@@ -89,7 +89,7 @@ class Slide:
         order = [axis for axis in self.axes if axis in "yxc"]
         return np.ascontiguousarray(values.transpose([order.index(axis) for axis in "yxc"]))  # (..) -> (h,w,3)
 
-
+# %% ../nbs/13_sizes.ipynb #c727486e
 def open_slide(
     path: Path,  # .tif, .tiff, or the folder of an OME-Zarr
 ) -> Slide:
