@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DONE', 'STAGE_TWO_THRESHOLD', 'CARD', 'CARD_SCORES', 'Split', 'split_samples', 'train_network', 'sample_files',
-           'nucleus_stage', 'train_nucleus', 'region_sets', 'train_cytoplasm', 'model_card']
+           'nucleus_stage', 'train_nucleus', 'region_sets', 'train_cytoplasm', 'goal', 'above_score', 'best_min_score',
+           'model_card']
 
 # %% ../nbs/14_stages.ipynb #13b11f1e
 import json
@@ -12,17 +13,20 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
 
 from .augmentation import picture_augmentation, region_augmentation
+from .cells import Cell
 from .checkpoints import data_hash, write_manifest
 from .config import PRESETS, TrainConfig
 from .dataset import NucleusPictures, Sample, fold_samples, list_samples, split_holdout
 from .exports import read_masks, write_masks
 from .images import write_bytes
+from .metrics import evaluate_cells
 from .models import build_network, load_network, save_network
 from .pipeline import BundleConfig, Segmenter
 from .regions import CellRegions
@@ -170,6 +174,33 @@ def train_cytoplasm(
         raise ValueError(f"{start} is not there: the network of scale {scale} starts from that of scale {setting.first}; train scale {setting.first} with the same folder first")
     facts, seed = {"preset": preset, "scale": scale}, config.seed + round(100 * scale)
     return *train_network(config, train_set, valid_set, folder, files, seed, facts, start, **settings), valid_set
+
+# %% ../nbs/14_stages.ipynb #86601e2d
+def goal(
+    scores: dict,  # of `metrics.evaluate_cells`
+) -> float:  # 0..1
+    "What thresholds are chosen for: the mean of the official score and PQ."
+    return (scores["official"] + scores["pq"]) / 2
+
+
+def above_score(
+    cells: dict[str, list[Cell]],  # of each picture
+    limit: float,  # least score
+) -> dict[str, list[Cell]]:
+    "The cells that are believed in enough."
+    return {id: [cell for cell in members if cell.score >= limit] for id, members in cells.items()}
+
+
+def best_min_score(
+    cells: dict[str, list[Cell]],  # predicted, of each picture
+    truth: dict[str, list[Cell]],  # annotated
+    shapes: dict[str, tuple[int, int]],  # (H, W) of each picture
+) -> tuple[float, float]:  # the least score, and the goal it reaches
+    "The least score that reaches the goal best; 0 or one of the lower 60% of the scores."
+    scores = [cell.score for members in cells.values() for cell in members] or [0.0]
+    limits = [0.0, *np.quantile(scores, np.linspace(0.02, 0.6, 30))]
+    goals = [goal(evaluate_cells(truth, above_score(cells, limit), shapes, n_boot=0)) for limit in limits]
+    return float(limits[int(np.argmax(goals))]), max(goals)
 
 # %% ../nbs/14_stages.ipynb #55efa02f
 CARD = """# Networks of segpc_nb, preset `{preset}`
