@@ -176,6 +176,32 @@ def test_a_slide_of_20000_pixels_a_side_in_bounded_memory(tmp_path):
 
 @needs_bundle
 @pytest.mark.slow
+def test_two_thousand_pictures_with_flat_memory(smears, tmp_path):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for k in range(2000):
+        os.link(smears[k % len(smears)], folder / f"{k}{smears[0].suffix}")
+    program = "import sys; from segpc_nb.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "predict", str(folder), "--out", str(tmp_path / "out"), "--nucleus-px", "50"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        resident = []  # pictures done, MB
+        while process.poll() is None:
+            time.sleep(2)
+            journal, status = tmp_path / "out" / JOURNAL, f"/proc/{process.pid}/statm"
+            if journal.exists() and os.path.exists(status):
+                resident.append((journal.read_bytes().count(b"\n"), int(open(status).read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6))
+    assert process.returncode == 0, (tmp_path / "log").read_text()[-2000:]
+    table = pd.read_csv(tmp_path / "out" / "cells.csv")
+    assert table.picture.nunique() > 1500 and len(list((tmp_path / "out" / "y").iterdir())) == len(table)
+    early = max(megabytes for done, megabytes in resident if done < 500)
+    late = max(megabytes for done, megabytes in resident if done >= 500)
+    print(f"resident: {early:.0f} MB in the first 500 pictures, {late:.0f} MB afterwards")
+    assert late < early + 100  # the table of all cells; a picture more costs less than 0.1 MB
+
+
+@needs_bundle
+@pytest.mark.slow
 def test_two_workers_of_whom_one_is_killed_give_the_same(smears, tmp_path):
     distributed = pytest.importorskip("distributed")
     predict_pictures(smears, tmp_path / "one", WANTED)
