@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'FORMAT_VERSION', 'init_like_keras', 'check_input', 'check_activation', 'UNet', 'count_parameters',
            'separable', 'pointwise', 'AtrousPyramid', 'Refine', 'ChannelAttention', 'BranchAttention',
-           'AttentionDecoder', 'AttentionDeepLabV3Plus', 'build_network', 'save_network', 'load_network']
+           'AttentionDecoder', 'AttentionDeepLabV3Plus', 'build_network', 'channels_last', 'save_network',
+           'load_network']
 
 # %% ../nbs/09_models.ipynb #dd251a61
 import json
@@ -293,6 +294,16 @@ def build_network(
     if encoder_weights == "lite0-package":
         load_lite0(network.encoder, network.config["encoder_name"])
     network.config["encoder_weights"] = None  # a saved network carries its own
+    return network
+
+# %% ../nbs/09_models.ipynb #f90e2578
+def channels_last(
+    network: torch.nn.Module,  # changed in place
+) -> torch.nn.Module:  # the same
+    "Store 2-D kernels with channels last, which CPU and GPU convolve fastest; 3-D kernels stay as they are."
+    for parameter in network.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return network
 
 # %% ../nbs/09_models.ipynb #c3a506f9

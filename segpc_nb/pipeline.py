@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass
 from .aggregation import Candidate, accepts, fuse, keep_all, make_candidate, non_maximum_suppression, select_by_ratio
 from .cells import Cell
 from .images import equalize_histogram, write_bytes
-from .models import load_network, save_network
+from .models import channels_last, load_network, save_network
 from .nuclei import find_nuclei, nuclei_in_tiles
 from .regions import crop_regions, resize_window
 
@@ -219,7 +219,7 @@ class Segmenter:
         self.nucleus_network, self.cell_networks, self.config, self.batch_size = nucleus_network, cell_networks, config, batch_size
         for network in (nucleus_network, *cell_networks.values()):
             if isinstance(network, torch.nn.Module):
-                network.eval()
+                channels_last(network.eval())
 
     def nuclei(
         self,

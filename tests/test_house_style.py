@@ -97,3 +97,11 @@ def test_the_tables_of_the_readme_are_those_of_the_runs(path):
     for method, scores in run["methods"].items():
         low, high = scores["ci"]["official"]
         assert f"| {method} | {scores['official']:.3f} [{low:.3f}, {high:.3f}] | {scores['pq']:.3f} |" in text, method
+
+
+def test_the_speeds_of_the_readme_are_those_of_the_benchmarks():
+    speed, engine = (json.loads((root / "results" / "benchmarks" / f"{name}.json").read_text(encoding="utf-8")) for name in ("speed", "engine"))
+    text = (root / "README.md").read_text(encoding="utf-8")
+    for count, row in speed["without networks"].items():
+        assert f"| everything but the networks, {count} | {row['project']:.2f} s, {row['ratio']:.0f} times as fast" in text
+    assert f"| {engine['ratio']:.2f} of its samples per second |" in text
