@@ -105,3 +105,9 @@ def test_the_speeds_of_the_readme_are_those_of_the_benchmarks():
     for count, row in speed["without networks"].items():
         assert f"| everything but the networks, {count} | {row['project']:.2f} s, {row['ratio']:.0f} times as fast" in text
     assert f"| {engine['ratio']:.2f} of its samples per second |" in text
+
+
+@pytest.mark.parametrize("path", sorted((root / "results" / "benchmarks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_kept_benchmark_ran_the_code_that_is_there(path):
+    assert [source(cell) for cell in cells(path)] == [source(cell) for cell in cells(root / "nbs" / "runs" / path.name)]
+    assert any(cell.get("outputs") for cell in cells(path)) and "/tmp/" not in path.read_text(encoding="utf-8")
