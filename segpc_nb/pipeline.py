@@ -107,7 +107,7 @@ def ask_batch(
     batch[:, :3] /= 255
     batch = batch if parameter is None else batch.to(parameter.device)
     views = FLIPS if flips else FLIPS[:1]
-    logits = [network(batch.flip(axes)).flip(axes) for axes in views]
+    logits = [network(batch.flip(axes)).flip(axes) if axes else network(batch) for axes in views]
     if logits[0].shape != (len(batch), 1, *batch.shape[2:]):
         raise ValueError(f"network: answer of shape {tuple(logits[0].shape)} to {tuple(batch.shape)}; expected {(len(batch), 1, *batch.shape[2:])}")
     answer = sum(view[:, 0].float().sigmoid() for view in logits).div(len(views)).cpu().numpy()

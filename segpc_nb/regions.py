@@ -51,7 +51,11 @@ def picture_window(
     inside = image[max(0, min(top, height)) : max(0, bottom), max(0, min(left, width)) : max(0, right)]
     before = [max(0, min(-top, bottom - top)), max(0, min(-left, right - left))]
     after = [bottom - top - inside.shape[0] - before[0], right - left - inside.shape[1] - before[1]]
-    return np.pad(inside, (*zip(before, after), (0, 0))) if any(before + after) else inside
+    if not any(before + after):
+        return inside
+    canvas = np.zeros((bottom - top, right - left, image.shape[2]), image.dtype)
+    canvas[before[0] : before[0] + inside.shape[0], before[1] : before[1] + inside.shape[1]] = inside
+    return canvas
 
 
 def crop_regions(
