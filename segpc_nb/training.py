@@ -190,10 +190,11 @@ def stop_agreed(
     accelerator: Accelerator,
 ) -> bool:
     "Whether any process was asked to stop; all give the same answer."
-    if accelerator.num_processes > 1:
-        signals = accelerator.gather(torch.tensor([stop.signal or 0], device=accelerator.device))
-        stop.signal = int(signals.max()) or None
-    return stop.signal is not None
+    if accelerator.num_processes == 1:
+        return stop.signal is not None
+    agreed = int(accelerator.gather(torch.tensor([stop.signal or 0], device=accelerator.device)).max())
+    stop.signal = stop.signal or agreed or None  # a signal that came during the gathering counts next time
+    return agreed > 0
 
 
 def refuse_nan(
