@@ -42,7 +42,9 @@ class BundleConfig:
     region_sizes: tuple[int, ...] = ()  # side of the crop of each scale, px
     upper_ratios: tuple[float, ...] = ()  # highest cytoplasm / nucleus ratio of each scale but the last; empty until fitted
     nucleus_threshold: float = 0.5  # probability above it is nucleus
-    cell_threshold: float = 0.5  # probability above it is cell
+    unlabeled: float = 0.0  # what the nucleus network answers on nuclei unlike all annotated ones, see `TrainConfig.unlabeled`
+    min_nucleus_score: float = 0.0  # nuclei below it are dropped
+    cell_threshold: float = 0.5  # above this share of the nucleus' probability is cell
     min_nucleus_area: float = 1.25e-4  # smallest nucleus, share of the picture; 80 px of 800 x 800 in the released code
     split_nuclei: bool = False  # cut nuclei that touch at their waist
     min_score: float = 0.0  # cells below it are dropped, except by keep-all
@@ -61,6 +63,8 @@ class BundleConfig:
             ("region_sizes", len(self.region_sizes) == n and min(self.region_sizes, default=1) > 0, f"{n} lengths > 0, one per scale"),
             ("upper_ratios", len(self.upper_ratios) in (0, max(0, n - 1)), f"{max(0, n - 1)} numbers, one per scale but the last, or none"),
             ("nucleus_threshold", 0 <= self.nucleus_threshold <= 1, within),
+            ("unlabeled", 0 <= self.unlabeled < 1, "0 <= value < 1"),
+            ("min_nucleus_score", 0 <= self.min_nucleus_score <= 1, within),
             ("cell_threshold", 0 <= self.cell_threshold <= 1, within),
             ("min_nucleus_area", 0 <= self.min_nucleus_area < 1, "0 <= value < 1"),
             ("min_score", 0 <= self.min_score <= 1, within),
@@ -241,7 +245,7 @@ class Segmenter:
         small = equalize_histogram(small) if config.equalize else small
         (probability,) = ask(self.nucleus_network, np.ascontiguousarray(small.transpose(2, 0, 1))[None])  # (H,W,C) -> (1,C,H,W)
         min_area = config.min_nucleus_area * np.prod(config.nucleus_size) / np.prod(grid)
-        return find_nuclei(probability, config.nucleus_threshold, min_area, (bottom - top, right - left), config.split_nuclei)
+        return find_nuclei(probability, config.nucleus_threshold, min_area, (bottom - top, right - left), config.split_nuclei, config.unlabeled, config.min_nucleus_score)
 
     def candidates(
         self,
@@ -262,6 +266,7 @@ class Segmenter:
     ) -> list[Cell]:  # one per nucleus, except by keep-all; id = number of the nucleus
         "Both stages and the aggregation."
         nuclei = self.nuclei(image, nucleus_px) if nuclei is None else nuclei
+        nuclei = [n for n in nuclei if select == "keep-all" or n.score >= self.config.min_score]  # a cell scores no more than its nucleus
         if select != "paper" or len(self.config.upper_ratios) != len(self.config.scales) - 1:
             return aggregate(self.candidates(image, nuclei), select, self.config)
         stained = check_picture(image, self.config.equalize)

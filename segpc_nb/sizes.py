@@ -36,13 +36,14 @@ def field_size(
 def size_evidence(
     nuclei: list[Cell],
     expected: float,  # longest side of a typical one, px
-) -> tuple[float, float]:  # sum of scores times fit; how many times too large or too small the median is, inf without nuclei
+) -> tuple[float, float]:  # sum of scores times fit; how many times too large or too small the median by score is, inf without nuclei
     "How well the size of nuclei fits what was expected."
     if not nuclei:
         return 0.0, np.inf
-    misfit = np.log([max(n.bbox[2] - n.bbox[0], n.bbox[3] - n.bbox[1]) / expected for n in nuclei])
-    fit = np.exp(-((misfit / np.log(FITS)) ** 2))
-    return float(np.sum(fit * [n.score for n in nuclei])), float(np.exp(abs(np.median(misfit))))
+    ordered = sorted((np.log(max(n.bbox[2] - n.bbox[0], n.bbox[3] - n.bbox[1]) / expected), n.score) for n in nuclei)
+    misfit, scores = np.array(ordered).T
+    middle = misfit[np.searchsorted(scores.cumsum(), scores.sum() / 2)]
+    return float(np.sum(scores * np.exp(-((misfit / np.log(FITS)) ** 2)))), float(np.exp(abs(middle)))
 
 # %% ../nbs/13_sizes.ipynb #e191d9d6
 def estimate_nucleus_px(

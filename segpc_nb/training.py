@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WARM_UP', 'PLATEAU_EPOCHS', 'PLATEAU_FACTOR', 'validate', 'learning_rate', 'moving_average', 'Progress',
            'epochs_since_best', 'saved_state', 'Run', 'stop_agreed', 'refuse_nan', 'train_epoch', 'share_statistics',
-           'same_bits', 'show_live', 'write_strip', 'own_group', 'loaders', 'fit']
+           'show_live', 'write_strip', 'own_group', 'loaders', 'fit']
 
 # %% ../nbs/11_training.ipynb #5a78358d
 import json
@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from .checkpoints import StopRequest, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .images import write_bytes, write_image
 from .losses import segmentation_loss
+from .machine import keep_memory, precision_here, same_bits
 from .models import channels_last
 from .plots import sample_strip, show_history
 from .sampling import Batches, Seeded, derived_seed
@@ -146,7 +147,7 @@ class Run:
             raise ValueError(f"resume = {resume!r}, allowed: 'auto', 'never'")
         AcceleratorState._reset_state()  # a session may train with one precision after the other
         self.config, self.folder, self.bare, self.data = config, Path(folder), network, data
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=list(log_with) or None, project_dir=folder)
+        self.accelerator = Accelerator(mixed_precision=precision_here(config.mixed_precision), log_with=list(log_with) or None, project_dir=folder)
         self.accelerator.gradient_accumulation_steps = 1  # the loop counts by itself, whatever a launcher says
         if missing := set(log_with) - {tracker.value for tracker in self.accelerator.log_with}:
             raise ValueError(f"log_with: {', '.join(sorted(missing))} is not installed; pip install it")
@@ -256,22 +257,6 @@ def share_statistics(
         for buffer in network.buffers():
             buffer.copy_(broadcast(buffer))
 
-
-@contextmanager
-def same_bits(
-    wanted: bool,
-):
-    "Allow only deterministic algorithms inside the `with` block."
-    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(wanted or before, warn_only=warn_only)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-
 # %% ../nbs/11_training.ipynb #cdb6d59d
 def show_live(
     history: list[dict],
@@ -351,6 +336,7 @@ def fit(
     "Train one network, or continue where the folder's checkpoint stands; the network ends with the best weights."
     run, loss, curve = Run(network, config, folder, resume, log_with, data), segmentation_loss(config.loss, config.positive_weight), None
     accelerator, on_cpu = run.accelerator, run.accelerator.device.type == "cpu"
+    keep_memory()
     batches, train_loader, valid_loader = loaders(run, train_set, valid_set, workers)
     with StopRequest() as stop, same_bits(config.deterministic and on_cpu):
         for epoch in tqdm(range(len(run.progress.history), config.epochs), desc=run.folder.name, disable=None if accelerator.is_main_process else True):

@@ -1,5 +1,6 @@
 """Aggregation: one nucleus per cell, one cell per nucleus, and fitted ratios as good as an exhaustive search."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy import ndimage
 
 from segpc_nb.aggregation import (
     accepts,
+    cell_from_probability,
     fill_holes,
     fit_upper_ratios,
     fuse,
@@ -17,6 +19,7 @@ from segpc_nb.aggregation import (
     make_candidate,
     non_maximum_suppression,
     oracle,
+    own_piece,
     select_by_ratio,
     single_scale,
     tidy_cell,
@@ -101,6 +104,18 @@ def test_holes_are_filled_as_scipy_fills_them(rng):
     assert np.array_equal(fill_holes(mask), ndimage.binary_fill_holes(mask))
 
 
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.floats(0, 4), st.sampled_from([0.3, 0.48, 0.52]))
+def test_own_piece_is_the_one_with_most_of_the_nucleus(rng, blur, level):
+    mask = ndimage.gaussian_filter(rng.random((30, 40)), blur) > level
+    nucleus = ndimage.gaussian_filter(rng.random((30, 40)), 2) > 0.53
+    nucleus[rng.integers(30), rng.integers(40)] = True
+    pieces, _ = ndimage.label(mask | nucleus)
+    shares = np.bincount(pieces[nucleus])
+    expected = [(pieces == number) | nucleus for number in np.flatnonzero(shares == shares.max())]
+    assert any(np.array_equal(own_piece(mask, nucleus), piece) for piece in expected)
+
+
 def test_the_piece_around_the_nucleus_wins_over_a_larger_one():
     nucleus = np.zeros((20, 40), bool)
     nucleus[8:12, 4:8] = True
@@ -149,3 +164,19 @@ def test_wrong_numbers_of_ratios_and_nothing_to_fit_on():
         select_by_ratio(picture, (1.0,))
     with pytest.raises(ValueError, match="none of the 2 pictures"):
         fit_upper_ratios([[], picture], [[nucleus_at(1, 9, 9, 3)], []])
+
+
+@pytest.mark.parametrize("size", [24, 96])  # coarser than the picture, and finer
+def test_doubt_lowers_the_score_and_leaves_the_outline(size):
+    rows, columns = np.mgrid[:48, :48]
+    nucleus = np.hypot(rows - 24, columns - 24) < 8
+    nucleus = cell_from_parts(1, (0, 0, 48, 48), nucleus, np.zeros_like(nucleus))
+    rows, columns = (np.mgrid[:size, :size] + 0.5) * 48 / size - 0.5
+    sure = (1 / (1 + np.exp(2 * (np.hypot(rows - 24, columns - 24) - 16)))).astype(np.float32)
+    first = cell_from_probability(nucleus, (0, 0, 48, 48), sure, 0.5, (48, 48))
+    assert first.area == pytest.approx(np.pi * 16**2, rel=0.03)
+    for doubt in (0.6, 0.3):
+        second = cell_from_probability(replace(nucleus, score=0.5), (0, 0, 48, 48), doubt * sure, 0.5, (48, 48))
+        assert second.area == pytest.approx(first.area, rel=0.01) and second.score == pytest.approx(0.5 * doubt * first.score, rel=0.02)
+    nothing = cell_from_probability(nucleus, (0, 0, 48, 48), 0.01 * sure, 0.5, (48, 48))
+    assert not nothing.cytoplasm.any()  # a network that sees no cell draws none

@@ -1,6 +1,7 @@
 """The pipeline with arithmetic instead of networks: places, sizes, batches, rules, bundles."""
 
 import json
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -65,12 +66,28 @@ def test_drawn_cells_are_found_at_every_size_of_picture(seed, shape):
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 1000), st.tuples(*[st.floats(-1, 4)] * 3), st.floats(0, 1))
 def test_lazy_evaluation_gives_the_same_cells(seed, upper, min_score):
-    image, _ = drawn(np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    image, _ = drawn(rng)
     config = BundleConfig((96, 128), SCALES, (48, 48, 64, 64), upper, min_score=min_score)
     segmenter = Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), config)
-    lazy, eager = segmenter.segment(image), aggregate(segmenter.candidates(image), "paper", config)
-    assert [(c.id, c.scale, c.bbox, c.score) for c in lazy] == [(c.id, c.scale, c.bbox, c.score) for c in eager]
-    assert all(np.array_equal(a.nucleus, b.nucleus) and np.array_equal(a.cytoplasm, b.cytoplasm) for a, b in zip(lazy, eager))
+    nuclei = [replace(nucleus, score=rng.random()) for nucleus in segmenter.nuclei(image)]  # some can't reach the least score
+    candidates = segmenter.candidates(image, nuclei)
+    for select in SELECTIONS:
+        lazy, eager = segmenter.segment(image, select, nuclei), aggregate(candidates, select, config)
+        assert [(c.id, c.scale, c.bbox, c.score) for c in lazy] == [(c.id, c.scale, c.bbox, c.score) for c in eager]
+        assert all(np.array_equal(a.nucleus, b.nucleus) and np.array_equal(a.cytoplasm, b.cytoplasm) for a, b in zip(lazy, eager))
+
+
+def test_nuclei_below_the_least_score_are_not_shown_to_stage_two():
+    def unasked(crops):
+        raise AssertionError("asked about a nucleus that can't be reported")
+
+    image, _ = drawn(np.random.default_rng(0))
+    segmenter = Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, unasked), replace(CONFIG, min_score=0.5))
+    doubtful = [replace(nucleus, score=0.4) for nucleus in segmenter.nuclei(image)]
+    assert [segmenter.segment(image, select, doubtful) for select in ("paper", "fuse", "nms")] == [[], [], []]
+    with pytest.raises(AssertionError, match="can't be reported"):
+        segmenter.segment(image, "keep-all", doubtful)
 
 
 def test_later_scales_are_asked_only_about_refused_nuclei():

@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from segpc_nb.augmentation import region_augmentation
 from segpc_nb.checkpoints import load_checkpoint, save_checkpoint
 from segpc_nb.config import PRESETS, TrainConfig
 from segpc_nb.losses import dice_loss, segmentation_loss
+from segpc_nb.machine import precision_here
 from segpc_nb.models import build_network
 from segpc_nb.training import epochs_since_best, fit, learning_rate
 
@@ -344,6 +348,37 @@ def test_tensorboard_gets_the_numbers(tmp_path):
         logged |= {tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
     for column in ("train_loss", "valid_loss", "valid_iou"):
         assert logged[column] == pytest.approx(history[column].tolist(), rel=1e-6)
+
+
+def test_mlflow_gets_the_numbers(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")  # not among the pinned packages, with which it does not go together
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'runs.db'}")
+    history = fit(tiny(), Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), TINY, tmp_path, log_with=("mlflow",))
+    with closing(sqlite3.connect(tmp_path / "runs.db")) as database:
+        for column in ("train_loss", "valid_loss", "valid_iou"):
+            logged = database.execute("select value from metrics where key = ? order by step", (column,)).fetchall()
+            assert [value for (value,) in logged] == pytest.approx(history[column].tolist(), rel=1e-6)
+        assert ("lr", "0.01") in database.execute("select key, value from params").fetchall()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_training_is_the_same_within_rounding(tmp_path):
+    networks = tiny(), tiny()
+    plain = fit(networks[0], Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), TINY, tmp_path / "plain")
+    compiled = fit(networks[1], Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), replace(TINY, compiled=True), tmp_path / "compiled")
+    assert compiled.train_loss.tolist() == pytest.approx(plain.train_loss.tolist(), abs=1e-4)
+    assert networks[0].state_dict().keys() == networks[1].state_dict().keys()
+    again = fit(tiny(), Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), replace(TINY, compiled=True), tmp_path / "compiled")  # is finished: only read
+    assert again.train_loss.tolist() == compiled.train_loss.tolist()
+
+
+@pytest.mark.parametrize(("able", "expected"), [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True, "amx_bf16": False}, "bf16"), ({"avx2": True}, "no")])
+def test_precision_follows_the_processor(able, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert precision_here("auto") == expected
+    assert precision_here("bf16") == "bf16"
 
 
 def test_region_augmentation_moves_image_and_masks_together():
