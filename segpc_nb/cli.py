@@ -122,6 +122,7 @@ def result_parsers() -> dict[str, ArgumentParser]:
     parser.add_argument("--preset", choices=PRESET, default="project", help="this project's way, or the one of the authors' released code (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where the networks run: cpu, cuda (default: %(default)s)")
     parser.add_argument("--nucleus-px", type=float | None, default=None, metavar="PX", help="longest side of a typical nucleus; without it estimated")
+    parser.add_argument("--min-score", type=float | None, default=None, metavar="SCORE", help="report cells from this score on, 0 to 1; less finds more cells and more false ones")
     parser.add_argument("--backend", choices=BACKENDS, default="torch", metavar="NAME", help=f"what the networks run in: {', '.join(BACKENDS[:-1])}, or auto, which measures once (default: %(default)s)")
     parser.add_argument("--cluster", default=None, metavar="ADDRESS", help="dask scheduler whose workers predict; local starts them here")
     parser.add_argument("--redo", action="store_true", help="also pictures that were done before")

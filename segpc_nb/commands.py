@@ -22,6 +22,7 @@ def predict(
     backend: str = "torch",  # what the networks run in, one of `runtimes.BACKENDS` or "auto"
     cluster: str | None = None,  # address of a dask scheduler, "local" for one here; None uses this process
     redo: bool = False,  # also pictures that were done before
+    min_score: float | None = None,  # cells below it are dropped, except by keep-all; None takes that of the bundle
     told: Callable[[str], None] = print,  # gets a line per picture
 ):  # folders.Predicted: what was found, skipped, and failed
     "Find the cells of pictures and write masks and measurements."
@@ -30,7 +31,9 @@ def predict(
 
     if preset != "project" and bundle is None:
         raise ValueError(f"--preset {preset} needs --bundle, the folder of the authors' converted weights; make it with `segpc convert-keras`")
-    for option, value in (("--select", select), ("--nucleus-px", nucleus_px), ("--backend", None if backend == "torch" else backend)):
+    if select == "keep-all" and min_score is not None:
+        raise ValueError(f"--min-score {min_score} does not go with --select keep-all, which keeps every cell; leave one of them out")
+    for option, value in (("--select", select), ("--nucleus-px", nucleus_px), ("--min-score", min_score), ("--backend", None if backend == "torch" else backend)):
         if preset != "project" and value is not None:
             raise ValueError(f"{option} {value} does not go with --preset {preset}, which keeps every plausible cell of whole fields; leave one of them out")
     found = {}
@@ -38,7 +41,7 @@ def predict(
         if path.stem in found:
             raise ValueError(f"{found[path.stem]} and {path} have the same name, and masks are named after it; rename one or use two --out folders")
         found[path.stem] = path
-    return predict_pictures(list(found.values()), Path(out), Wanted(bundle, select or "paper", nucleus_px, preset, device, backend), cluster, redo, told)
+    return predict_pictures(list(found.values()), Path(out), Wanted(bundle, select or "paper", nucleus_px, preset, device, backend, min_score), cluster, redo, told)
 
 # %% ../nbs/15_commands.ipynb #930b6033
 def evaluate(

@@ -78,13 +78,14 @@ class Wanted:
     preset: str = "project"  # or one of `released.PRESETS`
     device: str = "cpu"  # where the networks run
     backend: str = "torch"  # what they run in, one of `runtimes.BACKENDS` or "auto"
+    min_score: float | None = None  # cells below it are dropped, except by keep-all; None takes that of the bundle
 
     @cached_property
     def key(self) -> str:
         "The name of this way, by the content of the bundle."
         folder = SHIPPED if self.bundle is None else Path(self.bundle)
         files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors"))
-        return content_key(repr((self.select, self.nucleus_px, self.preset, self.backend)), *files)[:16]
+        return content_key(repr((self.select, self.nucleus_px, self.preset, self.backend, self.min_score)), *files)[:16]
 
 
 def load_segmenter(
@@ -93,7 +94,10 @@ def load_segmenter(
     "The networks, ready."
     if wanted.preset != "project":
         return load_released(wanted.bundle, wanted.preset, wanted.device)
-    return with_backend(load_bundle(wanted.bundle, wanted.device), wanted.backend)
+    segmenter = load_bundle(wanted.bundle, wanted.device)
+    if wanted.min_score is not None:
+        segmenter.config = replace(segmenter.config, min_score=wanted.min_score)
+    return with_backend(segmenter, wanted.backend)
 
 
 def find_cells(

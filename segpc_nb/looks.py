@@ -21,7 +21,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
-from .aggregation import Candidate, accepts
+from .aggregation import Candidate, accepts, cell_level, nucleus_on_grid
 from .cells import Cell
 from .pipeline import BundleConfig, Segmenter
 from .plots import CELL_COLORS, OUTLINE_COLORS, outlines, show_cells, show_picture
@@ -210,10 +210,11 @@ def show_crop(
 
 def show_probability(
     candidate: Candidate,
-    threshold: float = 0.5,  # drawn as a line
+    threshold: float = 0.5,  # share of the nucleus' probability, drawn as a line
     ax: Axes | None = None,  # where to draw; None makes a figure
 ) -> Axes:
     "Draw the probability of the whole cell, dark for 0, bright for 1."
     ax = show_picture(np.repeat((255 * candidate.probability[..., None].clip(0, 1)).round().astype(np.uint8), 3, 2), ax)
-    _draw(ax, candidate.probability > threshold, (0, 0), CHOSEN)
+    nucleus = nucleus_on_grid(candidate.nucleus, candidate.box, candidate.probability.shape)
+    _draw(ax, candidate.probability > cell_level(candidate.probability, nucleus, threshold), (0, 0), CHOSEN)
     return ax
