@@ -48,6 +48,7 @@ class BundleConfig:
     min_nucleus_area: float = 1.25e-4  # smallest nucleus, share of the picture; 80 px of 800 x 800 in the released code
     split_nuclei: bool = False  # cut nuclei that touch at their waist
     min_score: float = 0.0  # cells below it are dropped, except by keep-all
+    nucleus_flips: bool = False  # stage one answers with the mean over four flips of the picture
     flips: bool = False  # stage two answers with the mean over four flips of each crop
     equalize: bool = False  # histogram equalisation of each channel (paper section 3.2)
     nucleus_px: float = 0.0  # longest side of a typical nucleus at `nucleus_size`, px; 0 for unknown
@@ -243,7 +244,7 @@ class Segmenter:
         config, (top, left, bottom, right) = self.config, box
         small = resize_window(image[top:bottom, left:right], grid)
         small = equalize_histogram(small) if config.equalize else small
-        (probability,) = ask(self.nucleus_network, np.ascontiguousarray(small.transpose(2, 0, 1))[None])  # (H,W,C) -> (1,C,H,W)
+        (probability,) = ask(self.nucleus_network, np.ascontiguousarray(small.transpose(2, 0, 1))[None], flips=config.nucleus_flips)  # (H,W,C) -> (1,C,H,W)
         min_area = config.min_nucleus_area * np.prod(config.nucleus_size) / np.prod(grid)
         return find_nuclei(probability, config.nucleus_threshold, min_area, (bottom - top, right - left), config.split_nuclei, config.unlabeled, config.min_nucleus_score)
 
