@@ -90,7 +90,7 @@ def sample_files(
 # %% ../nbs/14_stages.ipynb #dd43cb0a
 DONE = "done.txt"  # in the folder of the nuclei, when all are there
 STAGE_TWO_THRESHOLD = 0.4  # probability above it is nucleus, for the nuclei that stage two learns from
-LEAST_NUCLEUS_SCORE = 0.01  # of nuclei from a network trained with `unlabeled`
+LEAST_NUCLEUS_SCORE = 0.01  # of the nuclei that stage two learns from, where stage one was trained with `unlabeled`
 
 
 def nucleus_stage(
