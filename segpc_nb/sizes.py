@@ -7,6 +7,7 @@ __all__ = ['NUCLEUS_UM', 'COARSER', 'FINER', 'FITS', 'AT_ONCE', 'SAMPLE', 'EVIDE
            'estimate_nucleus_px', 'Slide', 'open_slide', 'read_any']
 
 # %% ../nbs/13_sizes.ipynb #ad5a1303
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +62,10 @@ def estimate_nucleus_px(
         size = estimate_nucleus_px(segmenter, middle, pixel_um)[0] or field_size(config, middle.shape)
         return size, segmenter.nuclei(image, size)
     field_px, answers = field_size(config, image.shape), {}
+    quick = Segmenter(segmenter.nucleus_network, {}, replace(config, scales=(), region_sizes=(), upper_ratios=(), nucleus_flips=False))
 
-    def look(size):
-        nuclei = segmenter.nuclei(image, size)
+    def look(size, by=segmenter):
+        nuclei = by.nuclei(image, size)
         evidence, times_off = size_evidence(nuclei, size or field_px)
         answers[size] = evidence, nuclei
         return evidence, times_off
@@ -74,15 +76,15 @@ def estimate_nucleus_px(
     if times_off < AT_ONCE and not pixel_um:
         return None, answers[None][1]
     for zoom in COARSER:
-        look(field_px * zoom)
+        look(field_px * zoom, quick)
     for zoom in FINER:
-        evidence, _ = look(field_px * zoom)
+        evidence, _ = look(field_px * zoom, quick)
         if evidence < before and max(found for found, _ in answers.values()) > EVIDENCE:
             break
         before = evidence
     best = max(answers, key=lambda size: answers[size][0])
     best = best if answers[best][0] > EVIDENCE else None
-    return best, answers[best][1]
+    return best, segmenter.nuclei(image, best) if best and config.nucleus_flips else answers[best][1]
 
 # %% ../nbs/13_sizes.ipynb #18cdf96c
 class Slide:
