@@ -50,7 +50,7 @@ def validate(
     network.eval()
     sums = torch.zeros(4, device=accelerator.device)  # loss, samples, common pixels, joint pixels
     for images, target in loader:
-        images, target = images.to(accelerator.device), target.to(accelerator.device)
+        images, target = images.to(accelerator.device, memory_format=torch.channels_last), target.to(accelerator.device)
         with accelerator.autocast():
             logits = network(images)
         logits = logits.float()
@@ -221,7 +221,7 @@ def train_epoch(
     run.network.train()
     for step, (images, target) in enumerate(loader, progress.step):
         torch.manual_seed(derived_seed(config.seed, epoch, step, accelerator.process_index, 1))
-        images, target = images.to(accelerator.device, non_blocking=True), target.to(accelerator.device, non_blocking=True)
+        images, target = images.to(accelerator.device, non_blocking=True, memory_format=torch.channels_last), target.to(accelerator.device, non_blocking=True)
         first = step - step % config.accumulate
         last = step + 1 in (first + config.accumulate, steps)
         with nullcontext() if last else accelerator.no_sync(run.network):
