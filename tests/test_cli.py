@@ -290,7 +290,7 @@ def test_no_bundle_says_how_to_make_one(tmp_path, monkeypatch, capsys):
 
 def test_words_are_those_of_the_pipeline():
     assert cli.SELECT == SELECTIONS
-    assert list(inspect.signature(cli.predict).parameters) == ["pictures", "out", "bundle", "select", "device", "preset", "nucleus_px", "backend", "cluster", "redo", "told"]
+    assert list(inspect.signature(cli.predict).parameters) == ["pictures", "out", "bundle", "select", "device", "preset", "nucleus_px", "backend", "cluster", "redo", "min_score", "told"]
     assert cli.TRAINING == tuple(config.PRESETS) and cli.EXPORTS == formats.FORMATS
     assert cli.PRESET == ("project", *PRESETS) and cli.BACKENDS == (*runtimes.BACKENDS, "auto")
 
