@@ -62,7 +62,6 @@ def estimate_nucleus_px(
         size = estimate_nucleus_px(segmenter, middle, pixel_um)[0] or field_size(config, middle.shape)
         return size, segmenter.nuclei(image, size)
     field_px, answers = field_size(config, image.shape), {}
-    quick = Segmenter(segmenter.nucleus_network, {}, replace(config, scales=(), region_sizes=(), upper_ratios=(), nucleus_flips=False))
 
     def look(size, by=segmenter):
         nuclei = by.nuclei(image, size)
@@ -75,6 +74,7 @@ def estimate_nucleus_px(
     before, times_off = look(None)
     if times_off < AT_ONCE and not pixel_um:
         return None, answers[None][1]
+    quick = Segmenter(segmenter.nucleus_network, {}, replace(config, scales=(), region_sizes=(), upper_ratios=(), nucleus_flips=False))
     for zoom in COARSER:
         look(field_px * zoom, quick)
     for zoom in FINER:
