@@ -6,6 +6,7 @@
 __all__ = ['predict', 'evaluate', 'score_lines', 'submit', 'predicted_pictures', 'read_predicted', 'report', 'export']
 
 # %% ../nbs/15_commands.ipynb #e4a6ce7d
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -132,13 +133,15 @@ def report(
 ) -> Path:  # the file
     "Show a folder of predictions as one HTML page."
     from segpc_nb.exports import read_results
+    from segpc_nb.folders import read_journal
     from segpc_nb.report import write_report
 
     cells, shapes = read_results(pred)
     annotated = read_results(truth)[0] if truth else None
     files = predicted_pictures(pred, pictures, shapes)
     shown = ((id, read_predicted(path, shapes[id]), cells[id]) for id, path in files.items())
-    how = {"predictions": str(pred), "pictures": len(files), "annotation": str(truth) if truth else None}
+    ways = {json.dumps(entry.get("way")): entry.get("way") for id, entry in read_journal(pred).items() if id in files}
+    how = {"predictions": str(pred), "pictures": len(files), "annotation": str(truth) if truth else None, "predicted by": [*ways.values()]}
     write_report(out, shown, annotated and {id: annotated.get(id, []) for id in files}, title, how, pixel_size)
     return Path(out)
 

@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from contextlib import closing, nullcontext
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import segpc_nb
 from tqdm.auto import tqdm
 
 from .cache import content_key
@@ -86,6 +87,12 @@ class Wanted:
         folder = SHIPPED if self.bundle is None else Path(self.bundle)
         files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors"))
         return content_key(repr((self.select, self.nucleus_px, self.preset, self.backend, self.min_score)), *files)[:16]
+
+    @cached_property
+    def words(self) -> dict:
+        "The same for people: what was asked for, and who did it."
+        asked = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items() if value is not None}
+        return {"bundle": "of the package", **asked, "segpc_nb": segpc_nb.__version__}
 
 
 def load_segmenter(
@@ -191,7 +198,7 @@ def journal_entry(
     else:
         write_masks(Path(out) / "y", path.stem, cells, shape)
     rows = cells_table({path.stem: cells}, {path.stem: shape}).to_dict("records")
-    return {"picture": path.stem, "file": mark, "key": wanted.key, "slide": large, "cells": rows}
+    return {"picture": path.stem, "file": mark, "key": wanted.key, "way": wanted.words, "slide": large, "cells": rows}
 
 
 def predict_picture(

@@ -313,7 +313,7 @@ def seconds_per_picture(
     for _ in range(rounds + 1):
         for name, segmenter in segmenters.items():
             started = time.perf_counter()
-            ask(segmenter.nucleus_network, picture)
+            ask(segmenter.nucleus_network, picture, flips=config.nucleus_flips)
             for scale, side in zip(config.scales, config.region_sizes):
                 ask(segmenter.cell_networks[scale], np.zeros((segmenter.batch_size, 4, side, side), np.uint8), segmenter.batch_size, config.flips)
             times[name].append(time.perf_counter() - started)

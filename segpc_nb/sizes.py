@@ -21,7 +21,7 @@ from .pipeline import BundleConfig, Segmenter
 NUCLEUS_UM = 9.0  # longest side of a typical plasma cell's nucleus; the cell measures 8 to 20 um
 COARSER, FINER = (1.4, 2.0, 2.8, 4.0), (0.7, 0.5, 0.35)  # sizes of nuclei that are tried, in terms of those of a whole field
 FITS = 1.5  # nuclei up to so many times too large or too small are as learnt
-AT_ONCE = 1.2  # a whole field is one without further questions if the median nucleus is at most so many times too large or too small
+AT_ONCE = 1.25  # a whole field is one without further questions if the median nucleus is at most so many times too large or too small
 SAMPLE = 1024  # of a picture with a side more than four times as long the middle is looked at, px
 EVIDENCE = 0.5  # the sum of scores below which nothing was found
 

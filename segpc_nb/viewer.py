@@ -95,7 +95,7 @@ def threshold_sliders(
     values["cell_threshold"] = ("cell threshold", config.cell_threshold, 0, 1)
     values |= {f"upper_ratio_{k}": (f"upper ratio, scale {config.scales[k]}", ratio, -1, highest) for k, ratio in enumerate(ratios)}
     values["min_score"] = ("least score", config.min_score, 0, 1)
-    sliders = {name: widgets.FloatSlider(value=value, min=low, max=high, step=0.01, description=text, **WIDE) for name, (text, value, low, high) in values.items()}
+    sliders = {name: widgets.FloatSlider(value=value, min=low, max=high, step=0.001, readout_format=".3f", description=text, **WIDE) for name, (text, value, low, high) in values.items()}
     sliders["nucleus_threshold"].continuous_update = False  # other nuclei are other crops, and networks take their time
     return sliders
 

@@ -187,6 +187,12 @@ def test_a_figure_leads_to_its_code(tab):
     assert tab.locator(":target").count() == 1
 
 
+def test_pages_look_like_pages(tab, shoot):
+    for name in ("index", "gallery", "nbs/12_aggregation", "api/aggregation"):
+        tab.goto(f"{name}.html")
+        shoot(tab, f"site_{name.replace('/', '_')}")
+
+
 def test_every_page_fits(tab, site, pages):
     wide = []
     for path in pages:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import cv2
 import numpy as np
@@ -16,9 +18,11 @@ import tifffile
 
 from segpc_nb import folders
 from segpc_nb.cells import iou_table
+from segpc_nb.commands import report
 from segpc_nb.folders import JOURNAL, Wanted, overlapped, predict_pictures, predict_picture, read_journal
 from segpc_nb.images import write_image
 from segpc_nb.pipeline import SHIPPED, BundleConfig, Segmenter, load_bundle
+from segpc_nb.runtimes import missing_packages
 from segpc_nb.synthetic import make_dataset
 
 WANTED = Wanted()
@@ -54,6 +58,15 @@ def same(a, b):
     "Do two folders hold the same masks and tables, floats at four decimals?"
     pd.testing.assert_frame_equal(*(pd.read_csv(out / "cells.csv", dtype={"picture": str}).round(4) for out in (a, b)))
     assert masks(a) == masks(b)
+
+
+def test_a_report_tells_who_predicted(drawn, tmp_path):
+    predict_pictures(drawn[:2], tmp_path / "out", Wanted(min_score=0.125))
+    predict_pictures(drawn[2:], tmp_path / "out", Wanted(bundle=tmp_path))
+    text = report(tmp_path / "out", drawn, tmp_path / "r.html").read_text(encoding="utf-8")
+    ways = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])["how"]["predicted by"]
+    assert [(way["bundle"], way.get("min_score")) for way in ways] == [("of the package", 0.125), (str(tmp_path), None)]
+    assert all(way["segpc_nb"] == version("segpc_nb") for way in ways)
 
 
 def test_what_is_done_is_skipped_until_something_changed(drawn, tmp_path):
@@ -174,49 +187,65 @@ def test_a_slide_of_20000_pixels_a_side_in_bounded_memory(tmp_path):
     assert np.allclose(areas, np.pi * 109**2, rtol=0.03)
 
 
-@needs_bundle
-@pytest.mark.slow
-def test_two_thousand_pictures_with_flat_memory(smears, tmp_path):
-    folder = tmp_path / "x"
-    folder.mkdir()
-    for k in range(2000):
+MANY = 2000
+MANY_WANTED = Wanted(nucleus_px=50, backend="torch" if missing_packages("onnxruntime") else "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def many(smears, tmp_path_factory):
+    "A folder of many pictures, by links to a few."
+    folder = tmp_path_factory.mktemp("many")
+    for k in range(MANY):
         os.link(smears[k % len(smears)], folder / f"{k}{smears[0].suffix}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predicted(many, tmp_path_factory):
+    "What `segpc predict` makes of them, and its memory on the way: (pictures done, MB)."
+    out = tmp_path_factory.mktemp("predicted")
     program = "import sys; from segpc_nb.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, "predict", str(folder), "--out", str(tmp_path / "out"), "--nucleus-px", "50"]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        resident = []  # pictures done, MB
+    options = ["--out", str(out / "out"), "--nucleus-px", str(MANY_WANTED.nucleus_px), "--backend", MANY_WANTED.backend]
+    with open(out / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, "-c", program, "predict", str(many), *options], stdout=log, stderr=log)
+        resident = []
         while process.poll() is None:
             time.sleep(2)
-            journal, status = tmp_path / "out" / JOURNAL, f"/proc/{process.pid}/statm"
+            journal, status = out / "out" / JOURNAL, f"/proc/{process.pid}/statm"
             if journal.exists() and os.path.exists(status):
                 resident.append((journal.read_bytes().count(b"\n"), int(open(status).read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6))
-    assert process.returncode == 0, (tmp_path / "log").read_text()[-2000:]
-    table = pd.read_csv(tmp_path / "out" / "cells.csv")
-    assert table.picture.nunique() > 1500 and len(list((tmp_path / "out" / "y").iterdir())) == len(table)
-    early = max(megabytes for done, megabytes in resident if done < 500)
-    late = max(megabytes for done, megabytes in resident if done >= 500)
-    print(f"resident: {early:.0f} MB in the first 500 pictures, {late:.0f} MB afterwards")
+    assert process.returncode == 0, (out / "log").read_text()[-2000:]
+    return out / "out", resident
+
+
+@needs_bundle
+@pytest.mark.slow
+def test_two_thousand_pictures_with_flat_memory(predicted):
+    out, resident = predicted
+    table = pd.read_csv(out / "cells.csv")
+    assert table.picture.nunique() > 0.75 * MANY and len(list((out / "y").iterdir())) == len(table)
+    early = max(megabytes for done, megabytes in resident if done < MANY // 4)
+    late = max(megabytes for done, megabytes in resident if done >= MANY // 4)
+    print(f"resident: {early:.0f} MB in the first {MANY // 4} pictures, {late:.0f} MB afterwards")
     assert late < early + 100  # the table of all cells; a picture more costs less than 0.1 MB
 
 
 @needs_bundle
 @pytest.mark.slow
-def test_two_workers_of_whom_one_is_killed_give_the_same(smears, tmp_path):
+def test_two_workers_of_whom_one_is_killed_give_the_same(many, predicted, tmp_path):
     distributed = pytest.importorskip("distributed")
-    predict_pictures(smears, tmp_path / "one", WANTED)
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         victim = next(iter(cluster.workers.values())).pid
         told = []
 
         def tell(line):
             told.append(line)
-            if len(told) == len(smears) // 2:
+            if len(told) == MANY // 2:
                 os.kill(victim, signal.SIGKILL)
 
-        found = predict_pictures(smears, tmp_path / "two", WANTED, cluster=cluster.scheduler_address, told=tell)
-    assert not found.failed and len(found.cells) == len(smears)
-    same(tmp_path / "one", tmp_path / "two")
+        found = predict_pictures(sorted(many.iterdir()), tmp_path / "two", MANY_WANTED, cluster=cluster.scheduler_address, told=tell)
+    assert not found.failed and len(found.cells) == len(told) == MANY
+    same(predicted[0], tmp_path / "two")
 
 
 def test_a_worker_names_a_bad_picture(drawn, tmp_path):

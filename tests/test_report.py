@@ -103,10 +103,11 @@ def test_columns_sort(page):
     assert column(1)[0] == "3_1"
 
 
-def test_it_fits_a_phone(page):
-    page.set_viewport_size({"width": 390, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.set_viewport_size({"width": 1280, "height": 900})
+def test_it_fits_laptop_and_phone(page, shoot):
+    page.evaluate("window.scrollTo(0, 0)")
+    shoot(page, "report")
+    page.locator("#cells tbody tr").nth(1).click()
+    shoot(page, "report_a_chosen_cell")
 
 
 def test_nothing_found_and_no_annotation(tmp_path):

@@ -357,7 +357,8 @@ def test_another_nucleus_and_another_picture(page):
     assert page.trouble == []
 
 
-def test_the_page_fits_a_phone(page):
+def test_the_page_fits_laptop_and_phone(page, shoot):
+    shoot(page, "viewer")
     page.set_viewport_size({"width": 390, "height": 800})
     page.wait_for_function("document.documentElement.scrollWidth <= 390")
     widths = page.locator("figure.scale").evaluate_all("nodes => nodes.map(node => node.getBoundingClientRect().right)")
