@@ -111,6 +111,7 @@ def cell_from_probability(
     threshold: float,  # above this share of the nucleus' probability is the cell
     shape: tuple[int, int],  # (H, W) of the picture
     scale: float = 0.0,  # where the probability comes from
+    core: np.ndarray | None = None,  # (h, w) bool, the nucleus on the grid of the probability, where that is known already
 ) -> Cell:
     "Cut a probability at the threshold and make it the cell of this nucleus."
     grid, size = probability.shape, (box[2] - box[0], box[3] - box[1])
@@ -119,7 +120,8 @@ def cell_from_probability(
         core = window(nucleus, box)[0]
         mask = tidy_cell(probability > cell_level(probability, core, threshold), core)
         return cell_from_parts(nucleus.id, box, core, mask, scale=scale, score=cell_score(probability, mask, nucleus.score))
-    probability, core = seen_part(probability, box, shape), nucleus_on_grid(nucleus, box, grid)
+    probability = seen_part(probability, box, shape)
+    core = nucleus_on_grid(nucleus, box, grid) if core is None or not core.any() else core
     level = cell_level(probability, core, threshold)
     mask = tidy_cell(probability > level, core)
     ends = [np.flatnonzero(mask.any(axis))[[0, -1]] + (-1, 2) for axis in (1, 0)]
@@ -138,9 +140,10 @@ def make_candidate(
     probability: np.ndarray,  # (h, w) float32, 0..1: whole cell, on any grid
     shape: tuple[int, int],  # (H, W) of the picture
     threshold: float = 0.5,  # above this share of the nucleus' probability is the cell; the released code has 0.48 of 1
+    core: np.ndarray | None = None,  # (h, w) bool, the nucleus on the grid of the probability, where that is known already
 ) -> Candidate:
     "Put one answer together."
-    return Candidate(nucleus, scale, box, probability, shape, cell_from_probability(nucleus, box, probability, threshold, shape, scale))
+    return Candidate(nucleus, scale, box, probability, shape, cell_from_probability(nucleus, box, probability, threshold, shape, scale, core))
 
 # %% ../nbs/12_aggregation.ipynb #8a482cbb
 def accepts(

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from segpc_nb.aggregation import single_scale
-from segpc_nb.cells import cell_from_parts, iou_table
+from segpc_nb.aggregation import cell_from_probability, single_scale
+from segpc_nb.cells import Cell, cell_from_parts, iou_table
 from segpc_nb.models import build_network, load_network
 from segpc_nb.nuclei import find_nuclei, split_touching
-from segpc_nb.pipeline import SELECTIONS, BundleConfig, Segmenter, aggregate, ask, load_bundle
+from segpc_nb.pipeline import SELECTIONS, BundleConfig, Segmenter, aggregate, ask, ask_regions, load_bundle
+from segpc_nb.synthetic import make_picture
 
 SCALES = (0.5, 1.75, 2.6, 3.0)
 CONFIG = BundleConfig((96, 128), SCALES, (48, 48, 64, 64), (0.8, 2.5, 4.0))
@@ -244,3 +245,16 @@ def test_unfinished_bundles_are_none(tmp_path):
     (tmp_path / "bundle.json").write_text('{"nucleus_size": [96, 128]}', encoding="utf-8")
     with pytest.raises(ValueError, match="nucleus holds no network"):
         load_bundle(tmp_path)
+
+
+def test_the_crops_know_the_nucleus_as_well_as_the_picture_does():
+    image, cells = make_picture(np.random.default_rng(5))
+    image = np.kron(image, np.ones((4, 4, 1), np.uint8))
+    nuclei = [Cell(c.id, tuple(4 * side for side in c.bbox), np.kron(c.nucleus, np.ones((4, 4), bool)), np.zeros(np.multiply(4, c.nucleus.shape), bool)) for c in cells]
+    speck = Cell(99, (100, 100, 101, 500), np.eye(1, 400, 7, dtype=bool), np.zeros((1, 400), bool))  # nothing is left of it in its crop
+    for scale in (0.5, 2.6):
+        found = ask_regions(lambda crops: 40 * (crops[:, 3:] + 0.5 * (crops[:, 1:2] < 0.7) - 0.25), image, [*nuclei, speck], scale, 96)
+        for c in found:
+            again = cell_from_probability(c.nucleus, c.box, c.probability, 0.5, c.shape, scale)
+            assert c.cell.bbox == again.bbox and c.cell.score == again.score
+            assert (c.cell.nucleus == again.nucleus).all() and (c.cell.cytoplasm == again.cytoplasm).all()
