@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 
 import cv2
@@ -21,7 +22,7 @@ from segpc_nb.cells import iou_table
 from segpc_nb.commands import report
 from segpc_nb.folders import JOURNAL, Wanted, overlapped, predict_pictures, predict_picture, read_journal
 from segpc_nb.images import write_image
-from segpc_nb.pipeline import SHIPPED, BundleConfig, Segmenter, load_bundle
+from segpc_nb.pipeline import SHIPPED, BundleConfig, Segmenter, load_bundle, save_bundle
 from segpc_nb.runtimes import missing_packages
 from segpc_nb.synthetic import make_dataset
 
@@ -188,7 +189,15 @@ def test_a_slide_of_20000_pixels_a_side_in_bounded_memory(tmp_path):
 
 
 MANY = 2000
-MANY_WANTED = Wanted(nucleus_px=50, backend="torch" if missing_packages("onnxruntime") else "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    "The networks of the package without mirror images, in ONNX Runtime where it is installed: many pictures in little time."
+    segmenter, folder = load_bundle(), tmp_path_factory.mktemp("quick")
+    segmenter.config = replace(segmenter.config, flips=False, nucleus_flips=False)
+    save_bundle(segmenter, folder, half=True)
+    return Wanted(folder, nucleus_px=50, backend="torch" if missing_packages("onnxruntime") else "onnxruntime")
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +210,11 @@ def many(smears, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def predicted(many, tmp_path_factory):
+def predicted(many, quick, tmp_path_factory):
     "What `segpc predict` makes of them, and its memory on the way: (pictures done, MB)."
     out = tmp_path_factory.mktemp("predicted")
     program = "import sys; from segpc_nb.cli import main; sys.exit(main(sys.argv[1:]))"
-    options = ["--out", str(out / "out"), "--nucleus-px", str(MANY_WANTED.nucleus_px), "--backend", MANY_WANTED.backend]
+    options = ["--out", str(out / "out"), "--bundle", str(quick.bundle), "--nucleus-px", str(quick.nucleus_px), "--backend", quick.backend]
     with open(out / "log", "w") as log:
         process = subprocess.Popen([sys.executable, "-c", program, "predict", str(many), *options], stdout=log, stderr=log)
         resident = []
@@ -232,7 +241,7 @@ def test_two_thousand_pictures_with_flat_memory(predicted):
 
 @needs_bundle
 @pytest.mark.slow
-def test_two_workers_of_whom_one_is_killed_give_the_same(many, predicted, tmp_path):
+def test_two_workers_of_whom_one_is_killed_give_the_same(many, quick, predicted, tmp_path):
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         victim = next(iter(cluster.workers.values())).pid
@@ -243,7 +252,7 @@ def test_two_workers_of_whom_one_is_killed_give_the_same(many, predicted, tmp_pa
             if len(told) == MANY // 2:
                 os.kill(victim, signal.SIGKILL)
 
-        found = predict_pictures(sorted(many.iterdir()), tmp_path / "two", MANY_WANTED, cluster=cluster.scheduler_address, told=tell)
+        found = predict_pictures(sorted(many.iterdir()), tmp_path / "two", quick, cluster=cluster.scheduler_address, told=tell)
     assert not found.failed and len(found.cells) == len(told) == MANY
     same(predicted[0], tmp_path / "two")
 
