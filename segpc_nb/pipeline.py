@@ -229,7 +229,7 @@ class Segmenter:
         nucleus_network: Callable,  # (N, 3, h, w) float 0..1 to (N, 1, h, w) logits
         cell_networks: dict[float, Callable],  # per scale: (N, 4, s, s) float to (N, 1, s, s) logits
         config: BundleConfig,
-        batch_size: int = 16,  # crops per call of a network
+        batch_size: int = 16,  # crops per call of a network, at most
     ):
         if set(cell_networks) != set(config.scales):
             raise ValueError(f"cell_networks has scales {sorted(cell_networks)}, config has {list(config.scales)}; give one network per scale")
