@@ -15,13 +15,13 @@ import re
 import struct
 import tempfile
 import warnings
-import zlib
 from functools import lru_cache
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
+from zlib_ng import zlib_ng
 
 from .cells import BACKGROUND, CYTOPLASM, NUCLEUS
 
@@ -93,8 +93,8 @@ EMPTY_ROWS = 64  # rows of a block of emptiness
 
 def _deflated(rows: bytes) -> bytes:
     "A part of a deflate stream that can stand between any others."
-    packer = zlib.compressobj(1, zlib.DEFLATED, -15, 7, zlib.Z_RLE)  # with less memory than usual: the same bytes, sooner
-    return packer.compress(rows) + packer.flush(zlib.Z_FULL_FLUSH)
+    packer = zlib_ng.compressobj(1, wbits=-15, strategy=zlib_ng.Z_RLE)
+    return packer.compress(rows) + packer.flush(zlib_ng.Z_FULL_FLUSH)
 
 
 @lru_cache(16)
@@ -117,10 +117,10 @@ def window_png(
         high = (high + empty * (width + 1) * low) % 65521
         if filled:
             stream.append(_deflated(filled))
-            high, low = divmod(zlib.adler32(filled, high << 16 | low), 1 << 16)
+            high, low = divmod(zlib_ng.adler32(filled, high << 16 | low), 1 << 16)
     stream += [b"\x03\x00", struct.pack(">I", high << 16 | low)]
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", b"".join(stream)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib_ng.crc32(kind + data)) for kind, data in chunks)
 
 # %% ../nbs/03_images.ipynb #121334a8
 def _announced_pixels(content: bytes) -> int:

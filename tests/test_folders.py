@@ -20,7 +20,7 @@ import tifffile
 from segpc_nb import folders
 from segpc_nb.cells import iou_table
 from segpc_nb.commands import report
-from segpc_nb.folders import JOURNAL, Wanted, overlapped, predict_pictures, predict_picture, read_journal
+from segpc_nb.folders import JOURNAL, Wanted, overlapped, predict_picture, predict_pictures, read_journal
 from segpc_nb.images import write_image
 from segpc_nb.pipeline import SHIPPED, BundleConfig, Segmenter, load_bundle, save_bundle
 from segpc_nb.runtimes import missing_packages
@@ -255,6 +255,16 @@ def test_two_workers_of_whom_one_is_killed_give_the_same(many, quick, predicted,
         found = predict_pictures(sorted(many.iterdir()), tmp_path / "two", quick, cluster=cluster.scheduler_address, told=tell)
     assert not found.failed and len(found.cells) == len(told) == MANY
     same(predicted[0], tmp_path / "two")
+
+
+@needs_bundle
+def test_two_workers_with_the_usual_options_give_the_same(smears, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    predict_pictures(smears[:4], tmp_path / "one", WANTED)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        found = predict_pictures(smears[:4], tmp_path / "two", WANTED, cluster=cluster.scheduler_address)
+    assert not found.failed and sum(found.cells.values()) > 4
+    same(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_worker_names_a_bad_picture(drawn, tmp_path):

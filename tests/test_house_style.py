@@ -51,6 +51,12 @@ def test_exported_cells_are_short_and_shown(path):
     assert len(shown) >= 0.8 * len(definitions), [code[i][:60] for i in definitions if i not in shown]
 
 
+@pytest.mark.parametrize("path", chapters, ids=lambda path: path.stem)
+def test_a_chapter_that_exports_ends_with_the_export(path):
+    if exported(path):
+        assert source(cells(path)[-1]) == "#| hide\n#| eval: false\nimport nbdev\n\nnbdev.nbdev_export()"
+
+
 @pytest.mark.parametrize("path", modules, ids=lambda path: path.stem)
 def test_functions_are_documented_and_no_wildcards(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))

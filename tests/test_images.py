@@ -26,6 +26,7 @@ from segpc_nb.images import (
     picture_files,
     read_mask,
     read_picture,
+    window_png,
     write_bytes,
     write_image,
 )
@@ -96,6 +97,20 @@ def test_written_sixteen_bits_survive(tmp_path):
     labels = np.array([[0, 300], [65535, 7]], np.uint16)
     write_image(tmp_path / "labels.png", labels)
     assert np.array_equal(cv2.imread(str(tmp_path / "labels.png"), cv2.IMREAD_UNCHANGED), labels)
+
+
+@fast
+@given(seeds, st.integers(1, 200), st.integers(1, 40), st.data())
+def test_a_window_png_is_a_sound_file_for_other_readers(seed, height, width, data):
+    top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    bottom, right = data.draw(st.integers(top + 1, height)), data.draw(st.integers(left + 1, width))
+    frame = np.zeros((height, width), np.uint8)
+    frame[top:bottom, left:right] = np.random.default_rng(seed).integers(0, 256, (bottom - top, right - left))
+    file = window_png(frame[top:bottom, left:right], (top, left, bottom, right), frame.shape)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(file))), frame)  # Pillow checks the sums of the chunks
+    (length,) = struct.unpack(">I", file[33:37])
+    rows = zlib.decompress(file[41 : 41 + length])  # zlib checks the sum of the stream
+    assert np.array_equal(np.frombuffer(rows, np.uint8).reshape(height, width + 1)[:, 1:], frame)
 
 
 # ---- faults of pictures

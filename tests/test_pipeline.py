@@ -4,12 +4,17 @@ import json
 from dataclasses import replace
 from itertools import chain
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from skimage.draw import ellipse
+from skimage.feature import peak_local_max
+from skimage.measure import label
+from skimage.segmentation import watershed
 
 from segpc_nb.aggregation import cell_from_probability, single_scale
 from segpc_nb.cells import Cell, cell_from_parts, iou_table
@@ -159,6 +164,26 @@ def test_nuclei_keep_their_place_when_the_picture_has_another_size(shape):
     y, x = np.argwhere(nucleus.nucleus).mean(0) + nucleus.bbox[:2] + 0.5
     assert y / shape[0] == pytest.approx(12.5 / 40, abs=0.01) and x / shape[1] == pytest.approx(41.5 / 60, abs=0.01)
     assert nucleus.area / (shape[0] * shape[1]) == pytest.approx(np.pi * 64 / 2400, rel=0.06)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 12))
+def test_pieces_are_those_of_one_watershed_over_the_whole_mask(seed, count):
+    rng, mask = np.random.default_rng(seed), np.zeros((120, 160), bool)
+    for _ in range(count):
+        mask[ellipse(*rng.uniform(0, (120, 160)), *rng.uniform(4, 18, 2), mask.shape, rng.uniform(0, np.pi))] = True
+    found, components = split_touching(mask), label(mask, connectivity=1)
+    distance = cv2.GaussianBlur(cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5), (0, 0), 1)
+    radii = [distance[components == number].max() for number in range(1, components.max() + 1)]
+    peaks = peak_local_max(distance, min_distance=max(1, round(0.8 * np.median(radii or [1]))), labels=components, exclude_border=False)
+    seeds = np.zeros(mask.shape, int)
+    seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
+    expected = watershed(-distance, seeds, mask=mask)
+    pairs, shared = np.unique(np.stack([found[mask], expected[mask]]), axis=1, return_counts=True)
+    assert np.array_equal(found > 0, mask) and found.max() == expected.max() == len(peaks)
+    order = [pairs[1, pairs[0] == piece][shared[pairs[0] == piece].argmax()] for piece in range(1, len(peaks) + 1)]
+    assert sorted(order) == list(range(1, len(peaks) + 1))  # one to one
+    assert sum(shared[pairs[1] == np.array([0, *order])[pairs[0]]]) > 0.98 * mask.sum()  # ties on a ridge may fall either way
 
 
 def test_split_nuclei_do_not_overlap_after_stretching():
