@@ -59,7 +59,7 @@ def remembering(
 ) -> Segmenter:  # gives the same cells
     "The same pipeline with networks that remember."
     networks = {scale: Remembering(network) for scale, network in segmenter.cell_networks.items()}
-    return Segmenter(Remembering(segmenter.nucleus_network), networks, segmenter.config, segmenter.batch_size)
+    return Segmenter(Remembering(segmenter.nucleus_network), networks, segmenter.config, segmenter.pixels)
 
 
 def retuned(
@@ -67,7 +67,7 @@ def retuned(
     config: BundleConfig,  # other thresholds and ratios
 ) -> Segmenter:
     "The same networks with other numbers."
-    return Segmenter(segmenter.nucleus_network, segmenter.cell_networks, config, segmenter.batch_size)
+    return Segmenter(segmenter.nucleus_network, segmenter.cell_networks, config, segmenter.pixels)
 
 # %% ../nbs/15_looks.ipynb #fcc3dce8
 def nucleus_at(

@@ -193,13 +193,12 @@ class ReleasedSegmenter:
         cell_networks: dict[float, Callable],  # for 0.5, 1.75, 2.6, 3.0: (N, 4, s, s) float to (N, 1, s, s) logits
         equalize: str | None = "fixed",  # one of EQUALIZATIONS
         large_size: int = 256,  # input above scale 1.25, px; the weight files' names say 384, the code 256
-        batch_size: int = 16,  # crops per call of a network
     ):
         if set(cell_networks) != set(RELEASED_LIMITS):
             raise ValueError(f"cell_networks has scales {sorted(cell_networks)}, the released code has {list(RELEASED_LIMITS)}; give one network for each")
         released_equalization(np.zeros((1, 1, 3), np.uint8), equalize)
         self.nucleus_network, self.cell_networks, self.equalize = nucleus_network, cell_networks, equalize
-        self.large_size, self.batch_size = large_size, batch_size
+        self.large_size = large_size
         for network in (nucleus_network, *cell_networks.values()):
             if isinstance(network, torch.nn.Module):
                 network.eval()
@@ -231,7 +230,7 @@ class ReleasedSegmenter:
             return []
         crops = np.stack([region.crop for region in regions]).transpose(0, 3, 1, 2).copy()  # (N,H,W,C) -> (N,C,H,W)
         crops[:, 3] //= 255
-        return list(ask(self.cell_networks[regions[0].scale], crops, self.batch_size))
+        return list(ask(self.cell_networks[regions[0].scale], crops))
 
     def segment(
         self,

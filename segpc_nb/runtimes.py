@@ -306,16 +306,16 @@ def seconds_per_picture(
     segmenters: dict[str, Segmenter],  # by name
     rounds: int = 3,  # after one that does not count
 ) -> dict[str, float]:  # by name; the median
-    "How long one call of every network takes, with a whole batch of crops; the segmenters take turns."
+    "How long one call of every network takes, with sixteen crops; the segmenters take turns."
     times = {name: [] for name in segmenters}
     config = next(iter(segmenters.values())).config
     picture = np.zeros((1, 3, *config.nucleus_size), np.uint8)
     for _ in range(rounds + 1):
         for name, segmenter in segmenters.items():
             started = time.perf_counter()
-            ask(segmenter.nucleus_network, picture, flips=config.nucleus_flips)
+            ask(segmenter.nucleus_network, picture, config.nucleus_flips, segmenter.pixels)
             for scale, side in zip(config.scales, config.region_sizes):
-                ask(segmenter.cell_networks[scale], np.zeros((segmenter.batch_size, 4, side, side), np.uint8), segmenter.batch_size, config.flips)
+                ask(segmenter.cell_networks[scale], np.zeros((16, 4, side, side), np.uint8), config.flips, segmenter.pixels)
             times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
@@ -343,7 +343,7 @@ def fastest_backend(
     parameter = next(segmenter.nucleus_network.parameters(), None)
     if installed == ["torch"] or parameter is not None and parameter.device.type != "cpu":  # a GPU is PyTorch's
         return "torch"
-    folders, facts = cache_folders(cache), circumstances() | {"batch_size": segmenter.batch_size, "config": asdict(segmenter.config)}
+    folders, facts = cache_folders(cache), circumstances() | {"pixels": segmenter.pixels, "config": asdict(segmenter.config)}
     name = f"fastest-{content_key(json.dumps(facts, sort_keys=True), *keys)[:32]}.json"
     for folder in folders:
         try:
@@ -381,4 +381,4 @@ def with_backend(
         nucleus, *cells = [HalfNetwork(network) for network in (segmenter.nucleus_network, *(segmenter.cell_networks[scale] for scale in segmenter.config.scales))]
     else:
         nucleus, *cells = [convert(part, backend, cache_folders(cache)) for part in parts]
-    return Segmenter(nucleus, dict(zip(segmenter.config.scales, cells)), segmenter.config, segmenter.batch_size)
+    return Segmenter(nucleus, dict(zip(segmenter.config.scales, cells)), segmenter.config, segmenter.pixels)

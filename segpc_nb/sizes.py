@@ -74,7 +74,7 @@ def estimate_nucleus_px(
     before, times_off = look(None)
     if times_off < AT_ONCE and not pixel_um:
         return None, answers[None][1]
-    quick = Segmenter(segmenter.nucleus_network, {}, replace(config, scales=(), region_sizes=(), upper_ratios=(), nucleus_flips=False))
+    quick = Segmenter(segmenter.nucleus_network, {}, replace(config, scales=(), region_sizes=(), upper_ratios=(), nucleus_flips=False), segmenter.pixels)
     for zoom in COARSER:
         look(field_px * zoom, quick)
     for zoom in FINER:

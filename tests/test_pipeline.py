@@ -35,7 +35,7 @@ def coloured_is_cell(crops):
     return 40 * (0.7 - crops[:, 1:2])
 
 
-SEGMENTER = Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), CONFIG, batch_size=3)
+SEGMENTER = Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), CONFIG, pixels=3 * 48 * 48)
 
 
 def drawn(rng, shape=(192, 256), cells=4):
@@ -221,7 +221,21 @@ def test_dropout_and_batch_statistics_are_off():
     Segmenter(network, {}, BundleConfig((8, 8)))
     assert not network.training
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8)).astype(np.uint8)
-    assert np.array_equal(ask(network, images, 1)[2], ask(network, images[2:3])[0])
+    assert np.array_equal(ask(network, images, pixels=1)[2], ask(network, images[2:3])[0])
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 4, 7, 100])
+def test_mirror_images_may_fall_into_different_calls(at_once):
+    torch.manual_seed(0)
+    network, sizes = torch.nn.Conv2d(4, 1, 5, padding=2).eval(), []
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 12, 9)).astype(np.uint8)
+    images[:, 3] //= 128
+    scaled = torch.from_numpy(images / np.array([255, 255, 255, 1])[:, None, None]).float()
+    with torch.no_grad():
+        views = [network(scaled.flip(axes)).sigmoid().flip(axes) for axes in ([], [2], [3], [2, 3])]
+    found = ask(lambda batch: sizes.append(len(batch)) or network(batch), images, True, at_once * 12 * 9)
+    assert np.allclose(found, torch.stack(views).mean(0)[:, 0], atol=1e-6)
+    assert sum(sizes) == 20 and max(sizes) == min(at_once, 20)
 
 
 def test_a_bundle_read_again_gives_the_same_cells(tmp_path):
