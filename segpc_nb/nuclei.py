@@ -30,10 +30,11 @@ def split_touching(
     _, components = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
     places, labels, count = find_objects(components), np.zeros(mask.shape, np.int32), 0
     apart = max(1, round(0.8 * float(np.median([distance[place].max() for place in places] or [1]))))  # least distance of two peaks, px
+    around = np.ones((2 * apart + 1,) * 2, np.uint8)
     for number, place in enumerate(places, 1):
         own = components[place] == number
         height, pieces = distance[place] * own, own.astype(np.int32)
-        if np.count_nonzero(own & (height == cv2.dilate(height, np.ones((2 * apart + 1,) * 2)))) > 1:
+        if np.count_nonzero(own & (height == cv2.dilate(height, around))) > 1:
             peaks, seeds = peak_local_max(height, min_distance=apart, threshold_abs=0, exclude_border=False), np.zeros_like(pieces)
             seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
             pieces = watershed(-height, seeds, mask=own)

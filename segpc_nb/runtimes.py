@@ -306,7 +306,7 @@ def seconds_per_picture(
     segmenters: dict[str, Segmenter],  # by name
     rounds: int = 3,  # after one that does not count
 ) -> dict[str, float]:  # by name; the median
-    "How long one call of every network takes, with sixteen crops; the segmenters take turns."
+    "How long every network takes for one picture or sixteen crops, all together; the segmenters take turns."
     times = {name: [] for name in segmenters}
     config = next(iter(segmenters.values())).config
     picture = np.zeros((1, 3, *config.nucleus_size), np.uint8)

@@ -175,7 +175,7 @@ def test_pieces_are_those_of_one_watershed_over_the_whole_mask(seed, count):
     found, components = split_touching(mask), label(mask, connectivity=1)
     distance = cv2.GaussianBlur(cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5), (0, 0), 1)
     radii = [distance[components == number].max() for number in range(1, components.max() + 1)]
-    peaks = peak_local_max(distance, min_distance=max(1, round(0.8 * np.median(radii or [1]))), labels=components, exclude_border=False)
+    peaks = peak_local_max(distance, min_distance=max(1, round(0.8 * np.median(radii))), labels=components, exclude_border=False)
     seeds = np.zeros(mask.shape, int)
     seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
     expected = watershed(-distance, seeds, mask=mask)
