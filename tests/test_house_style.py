@@ -86,6 +86,11 @@ def test_papermill_understands_the_parameters(path):
     assert all(parameter["inferred_type_name"] in ("str", "int", "float") and parameter["help"] for parameter in found.values()), found
 
 
+@pytest.mark.parametrize("path", chapters + runs, ids=lambda path: path.stem)
+def test_temporary_folders_end_with_the_notebook(path):
+    assert "mkdtemp" not in "".join(map(source, cells(path))), "use tempfile.TemporaryDirectory, which removes what it made"
+
+
 def test_notebooks_stay_small():
     assert sum(path.stat().st_size for path in chapters + runs) < 6_000_000
 
