@@ -30,6 +30,7 @@ from .cells import Cell
 from .exports import cells_table, read_cells_csv, write_cells_csv, write_masks
 from .formats import qupath_features
 from .images import natural_key, pixel_size, write_bytes
+from .machine import keep_memory
 from .pipeline import SHIPPED, Segmenter, load_bundle
 from .released import ReleasedSegmenter, load_released
 from .runtimes import with_backend
@@ -98,7 +99,8 @@ class Wanted:
 def load_segmenter(
     wanted: Wanted,
 ) -> Segmenter | ReleasedSegmenter:
-    "The networks, ready."
+    "The networks, ready, in a process that keeps its memory."
+    keep_memory()
     if wanted.preset != "project":
         return load_released(wanted.bundle, wanted.preset, wanted.device)
     segmenter = load_bundle(wanted.bundle, wanted.device)
