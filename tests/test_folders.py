@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -16,12 +17,14 @@ import pandas as pd
 import pytest
 import shapely
 import tifffile
+import torch
 
 from segpc_nb import folders
 from segpc_nb.cells import iou_table
 from segpc_nb.commands import report
 from segpc_nb.folders import JOURNAL, Wanted, overlapped, predict_picture, predict_pictures, read_journal
 from segpc_nb.images import write_image
+from segpc_nb.machine import keep_memory
 from segpc_nb.pipeline import SHIPPED, BundleConfig, Segmenter, load_bundle, save_bundle
 from segpc_nb.runtimes import missing_packages
 from segpc_nb.synthetic import make_dataset
@@ -59,6 +62,21 @@ def same(a, b):
     "Do two folders hold the same masks and tables, floats at four decimals?"
     pd.testing.assert_frame_equal(*(pd.read_csv(out / "cells.csv", dtype={"picture": str}).round(4) for out in (a, b)))
     assert masks(a) == masks(b)
+
+
+@needs_bundle
+def test_a_process_that_predicts_keeps_its_memory():
+    def pages():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(2**24)  # 64 MB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    if not keep_memory(False):
+        pytest.skip("not glibc")
+    given_back = pages()
+    folders.load_segmenter(WANTED)
+    assert 2 * pages() < given_back
 
 
 def test_a_report_tells_who_predicted(drawn, tmp_path):
