@@ -1,4 +1,5 @@
 """Everything about the package stands in settings.ini; this file only hands it to setuptools."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,7 +10,9 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
-extras = {name.removesuffix("_requirements"): settings[name].split() for name in settings if name.endswith("_requirements")}
+extras = {
+    name.removesuffix("_requirements"): settings[name].split() for name in settings if name.endswith("_requirements")
+}
 extras["all"] = sorted({package for packages in extras.values() for package in packages})
 
 setup(

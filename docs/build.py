@@ -32,7 +32,14 @@ def picture(
     cell: dict,
 ) -> bytes | None:  # PNG
     "The first figure a code cell shows."
-    return next((base64.b64decode("".join(output["data"]["image/png"])) for output in cell.get("outputs", []) if "image/png" in output.get("data", {})), None)
+    return next(
+        (
+            base64.b64decode("".join(output["data"]["image/png"]))
+            for output in cell.get("outputs", [])
+            if "image/png" in output.get("data", {})
+        ),
+        None,
+    )
 
 
 def code_page(
@@ -50,7 +57,11 @@ def code_page(
     outputs = [output for output in cell["outputs"] if WIDGET not in output.get("data", {})]
     page = cell | {"source": code, "outputs": outputs, "metadata": {"tags": tags}}
     linked = "export" in tags or picture(cell)
-    return [{"cell_type": "markdown", "metadata": {}, "id": f"t{cell['id']}", "source": f"(cell-{cell['id']})="}, page] if linked else [page]
+    return (
+        [{"cell_type": "markdown", "metadata": {}, "id": f"t{cell['id']}", "source": f"(cell-{cell['id']})="}, page]
+        if linked
+        else [page]
+    )
 
 
 def caption_after(
@@ -69,7 +80,9 @@ def plain(markdown: str) -> str:
 
 def notebook_page(
     path: Path,  # .ipynb with its outputs
-) -> tuple[dict, str, list[tuple[str, str, bytes]]]:  # the notebook for Sphinx, its title, and its figures: target, caption, PNG
+) -> tuple[
+    dict, str, list[tuple[str, str, bytes]]
+]:  # the notebook for Sphinx, its title, and its figures: target, caption, PNG
     "One chapter or run as a page."
     notebook = json.loads(path.read_text(encoding="utf-8"))
     cells, pages, figures = [cell for cell in notebook["cells"] if cell["cell_type"] != "raw"], [], []
@@ -86,9 +99,20 @@ def notebook_page(
         pages += shown
     title = re.match(r"# (.*)", pages[0]["source"])[1]
     if module:
-        link = f"Module `segpc_nb.{module}`: [reference](../api/{module}.rst). Code with a coloured edge is what it holds."
+        link = (
+            f"Module `segpc_nb.{module}`: [reference](../api/{module}.rst). Code with a coloured edge is what it holds."
+        )
         pages[0]["source"] = re.sub(r"((?:\n>.*)+)", rf"\1\n\n{link}", pages[0]["source"], count=1)
-    return {"cells": pages, "metadata": {"kernelspec": notebook["metadata"]["kernelspec"]}, "nbformat": 4, "nbformat_minor": 5}, title, figures
+    return (
+        {
+            "cells": pages,
+            "metadata": {"kernelspec": notebook["metadata"]["kernelspec"]},
+            "nbformat": 4,
+            "nbformat_minor": 5,
+        },
+        title,
+        figures,
+    )
 
 
 def thumbnail(
@@ -111,7 +135,9 @@ def gallery_section(
     cards = [f"## [{title}]({notebook})\n\n::::{{grid}} 1 2 2 2\n:gutter: 3\n"]
     for target, caption, png in figures:
         thumbnail(png, folder / f"{target}.png")
-        cards.append(f":::{{grid-item-card}}\n:img-top: {folder.name}/{target}.png\n:img-alt: {plain(caption) or title}\n:link: {target}\n:link-type: ref\n:link-alt: {title}\n{plain(caption)}\n:::\n")
+        cards.append(
+            f":::{{grid-item-card}}\n:img-top: {folder.name}/{target}.png\n:img-alt: {plain(caption) or title}\n:link: {target}\n:link-type: ref\n:link-alt: {title}\n{plain(caption)}\n:::\n"
+        )
     return "\n".join(cards) + "::::\n"
 
 
@@ -124,7 +150,11 @@ def write_pages(
     for folder in ("nbs/runs", "api", "thumbnails"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     gallery = [(out / "gallery.md").read_text(encoding="utf-8")]
-    for path in [root / "nbs" / "index.ipynb", *sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb")), *sorted((root / "nbs" / "runs").glob("*.ipynb"))]:
+    for path in [
+        root / "nbs" / "index.ipynb",
+        *sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb")),
+        *sorted((root / "nbs" / "runs").glob("*.ipynb")),
+    ]:
         kept = root / "results" / "benchmarks" / path.name  # a benchmark as it ran
         page, title, figures = notebook_page(kept if kept.exists() else path)
         (out / path.relative_to(root)).write_text(json.dumps(page), encoding="utf-8")
@@ -133,7 +163,9 @@ def write_pages(
     (out / "gallery.md").write_text("\n".join(gallery), encoding="utf-8")
     for path in (root / "segpc_nb").glob("[a-z]*.py"):
         name = f"segpc_nb.{path.stem}"
-        (out / "api" / f"{path.stem}.rst").write_text(f"{path.stem}\n{'=' * len(name)}\n\n.. automodule:: {name}\n   :members:\n", encoding="utf-8")
+        (out / "api" / f"{path.stem}.rst").write_text(
+            f"{path.stem}\n{'=' * len(name)}\n\n.. automodule:: {name}\n   :members:\n", encoding="utf-8"
+        )
 
 
 def build(
@@ -142,7 +174,19 @@ def build(
     "The whole site."
     shutil.rmtree(out, ignore_errors=True)
     write_pages(out / "source")
-    return sphinx_build(["-q", "-W", "--keep-going", "-c", str(docs), "-d", str(out / "doctrees"), str(out / "source"), str(out / "html")])
+    return sphinx_build(
+        [
+            "-q",
+            "-W",
+            "--keep-going",
+            "-c",
+            str(docs),
+            "-d",
+            str(out / "doctrees"),
+            str(out / "source"),
+            str(out / "html"),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def literal(value: str) -> str:
 
 def text(value: str | None) -> str:
     "A comment in reStructuredText: nothing in it is markup but code in backticks."
-    return re.sub(r"`([^`]+)`|([*_|\\])", lambda match: literal(match[1]) or "\\" + match[2], " ".join((value or "").split()))
+    return re.sub(
+        r"`([^`]+)`|([*_|\\])", lambda match: literal(match[1]) or "\\" + match[2], " ".join((value or "").split())
+    )
 
 
 def parameters(symbol) -> list[str]:
@@ -54,11 +56,18 @@ def constants(
     code, rows = path.read_text(encoding="utf-8"), []
     lines = code.splitlines()
     for node in ast.parse(code).body:
-        names = [part.id for target in getattr(node, "targets", []) for part in ast.walk(target) if isinstance(part, ast.Name) and part.id in public]
+        names = [
+            part.id
+            for target in getattr(node, "targets", [])
+            for part in ast.walk(target)
+            if isinstance(part, ast.Name) and part.id in public
+        ]
         if names:
             value = ast.unparse(node.value)
             comment = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")[2]
-            rows.append([literal(", ".join(names)), literal(value if len(value) < 100 else value[:97] + "..."), text(comment)])
+            rows.append(
+                [literal(", ".join(names)), literal(value if len(value) < 100 else value[:97] + "..."), text(comment)]
+            )
     return table(["constant", "value", "what"], rows)
 
 

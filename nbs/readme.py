@@ -10,7 +10,12 @@ here = Path(__file__).parent
 
 def readme() -> str:
     "The text of the README: cells tagged hide-input show their output only, links start at the project's root."
-    config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"hide-input"}}, "ClearMetadataPreprocessor": {"enabled": False}})
+    config = Config(
+        {
+            "TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"hide-input"}},
+            "ClearMetadataPreprocessor": {"enabled": False},
+        }
+    )
     text, _ = MarkdownExporter(config=config).from_filename(here / "index.ipynb")
     return text.replace("](images/", "](nbs/images/").strip() + "\n"
 

@@ -6,7 +6,7 @@
 __all__ = ['BACKGROUND', 'CYTOPLASM', 'NUCLEUS', 'Cell', 'cell_from_parts', 'cell_from_mask', 'mask_from_cell', 'window',
            'same_cell', 'resize_cell', 'intersections', 'iou_table', 'encode_rle', 'decode_rle']
 
-# %% ../nbs/01_cells.ipynb #d9aae5ef
+# %% ../nbs/01_cells.ipynb #b5328785
 from dataclasses import dataclass
 
 import cv2
@@ -31,13 +31,19 @@ class Cell:
         top, left, bottom, right = self.bbox
         shape = (bottom - top, right - left)
         if top < 0 or left < 0 or min(shape) < 1:
-            raise ValueError(f"cell {self.id}: bbox {self.bbox} is empty or starts outside the picture; `cell_from_parts` cuts cells at the border")
+            raise ValueError(
+                f"cell {self.id}: bbox {self.bbox} is empty or starts outside the picture; `cell_from_parts` cuts cells at the border"
+            )
         for name in ("nucleus", "cytoplasm"):
             mask = getattr(self, name)
             if mask.dtype != bool or mask.shape != shape:
-                raise ValueError(f"cell {self.id}: {name} is {mask.dtype} {mask.shape}, expected bool {shape} as bbox {self.bbox} says")
+                raise ValueError(
+                    f"cell {self.id}: {name} is {mask.dtype} {mask.shape}, expected bool {shape} as bbox {self.bbox} says"
+                )
         if (self.nucleus & self.cytoplasm).any():
-            raise ValueError(f"cell {self.id}: nucleus and cytoplasm overlap; remove the nucleus from the cytoplasm first")
+            raise ValueError(
+                f"cell {self.id}: nucleus and cytoplasm overlap; remove the nucleus from the cytoplasm first"
+            )
 
     @property
     def mask(self) -> np.ndarray:  # (h, w) bool, nucleus or cytoplasm
@@ -73,7 +79,9 @@ def cell_from_parts(
     "Put two parts in order: nucleus over cytoplasm, cut at the picture's border, tight box."
     top, left, bottom, right = box
     if nucleus.shape != (bottom - top, right - left) or cytoplasm.shape != nucleus.shape:
-        raise ValueError(f"cell {id}: nucleus {nucleus.shape} and cytoplasm {cytoplasm.shape} must both fill the box {tuple(box)}")
+        raise ValueError(
+            f"cell {id}: nucleus {nucleus.shape} and cytoplasm {cytoplasm.shape} must both fill the box {tuple(box)}"
+        )
     whole = nucleus | cytoplasm
     if shape is not None:
         whole = whole.copy()
@@ -93,7 +101,9 @@ def cell_from_mask(
 ) -> Cell:  # with a tight box
     "Read one official mask."
     if mask.ndim != 2 or mask.dtype != np.uint8:
-        raise ValueError(f"mask {id} is {mask.dtype} {mask.shape}, expected one channel of uint8; `read_mask` reads files with three channels")
+        raise ValueError(
+            f"mask {id} is {mask.dtype} {mask.shape}, expected one channel of uint8; `read_mask` reads files with three channels"
+        )
     box = cv2.boundingRect(mask)  # left, top, width, height of the pixels above 0
     left, top, width, height = box
     if not width:
@@ -102,7 +112,9 @@ def cell_from_mask(
     nucleus, cytoplasm = part == NUCLEUS, part == CYTOPLASM
     if not (nucleus | cytoplasm | (part == BACKGROUND)).all():
         found = sorted(set(np.unique(part).tolist()) - {BACKGROUND, CYTOPLASM, NUCLEUS})
-        raise ValueError(f"mask {id} holds {found}, allowed are {BACKGROUND}, {CYTOPLASM}, {NUCLEUS}; 60 means that two masks were joined")
+        raise ValueError(
+            f"mask {id} holds {found}, allowed are {BACKGROUND}, {CYTOPLASM}, {NUCLEUS}; 60 means that two masks were joined"
+        )
     return Cell(id, (top, left, top + height, left + width), nucleus, cytoplasm)
 
 
@@ -114,7 +126,9 @@ def mask_from_cell(
     mask = np.zeros(shape, np.uint8)
     top, left, bottom, right = cell.bbox
     if bottom > shape[0] or right > shape[1]:
-        raise ValueError(f"cell {cell.id}: bbox {cell.bbox} does not fit into a picture of {tuple(shape)}; `resize_cell` brings it to another size")
+        raise ValueError(
+            f"cell {cell.id}: bbox {cell.bbox} does not fit into a picture of {tuple(shape)}; `resize_cell` brings it to another size"
+        )
     mask[top:bottom, left:right] = cell.nucleus * np.uint8(NUCLEUS) + cell.cytoplasm * np.uint8(CYTOPLASM)
     return mask
 
@@ -139,7 +153,9 @@ def same_cell(
     b: Cell,  # of the same picture
 ) -> bool:  # ids, scales and scores may differ
     "Do two cells cover the same pixels with the same parts? Slack of their boxes does not matter."
-    return a.area == b.area and all(np.array_equal(mine, theirs) for mine, theirs in zip((a.nucleus, a.cytoplasm), window(b, a.bbox)))
+    return a.area == b.area and all(
+        np.array_equal(mine, theirs) for mine, theirs in zip((a.nucleus, a.cytoplasm), window(b, a.bbox))
+    )
 
 # %% ../nbs/01_cells.ipynb #d6597db3
 def resize_cell(
@@ -155,7 +171,9 @@ def resize_cell(
         start, stop = cell.bbox[axis], cell.bbox[axis + 2]
         first, last = -(-start * new_shape[axis] // shape[axis]), -(-stop * new_shape[axis] // shape[axis])
         first, last = max(0, first - 1), min(new_shape[axis], last + 1)
-        source = np.minimum(np.floor(np.arange(first, last) * (1 / (new_shape[axis] / shape[axis]))).astype(int), shape[axis] - 1)
+        source = np.minimum(
+            np.floor(np.arange(first, last) * (1 / (new_shape[axis] / shape[axis]))).astype(int), shape[axis] - 1
+        )
         inside = (source >= start) & (source < stop)
         lines.append(source[inside] - start)
         firsts.append(first + int(np.argmax(inside)))
@@ -183,7 +201,13 @@ def intersections(
     if not (a and b):
         return table
     boxes_a, boxes_b = (np.array([cell.bbox for cell in cells]) for cells in (a, b))
-    meet = np.concatenate([np.maximum(boxes_a[:, None, :2], boxes_b[None, :, :2]), np.minimum(boxes_a[:, None, 2:], boxes_b[None, :, 2:])], 2)
+    meet = np.concatenate(
+        [
+            np.maximum(boxes_a[:, None, :2], boxes_b[None, :, :2]),
+            np.minimum(boxes_a[:, None, 2:], boxes_b[None, :, 2:]),
+        ],
+        2,
+    )
     masks_a, masks_b = ([_part(cell, part) for cell in cells] for cells in (a, b))
     for i, j in np.argwhere((meet[..., 0] < meet[..., 2]) & (meet[..., 1] < meet[..., 3])):
         (top, left, bottom, right), (ta, la), (tb, lb) = meet[i, j], boxes_a[i, :2], boxes_b[j, :2]
@@ -210,7 +234,11 @@ def encode_rle(
     "Write a mask as run lengths."
     flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
     edges = np.flatnonzero(flat[1:] != flat[:-1])
-    return np.diff(np.concatenate([[0], edges, [mask.size] if not len(edges) or edges[-1] < mask.size else []])).astype(int).tolist()
+    return (
+        np.diff(np.concatenate([[0], edges, [mask.size] if not len(edges) or edges[-1] < mask.size else []]))
+        .astype(int)
+        .tolist()
+    )
 
 
 def decode_rle(

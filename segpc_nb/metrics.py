@@ -7,7 +7,7 @@ __all__ = ['OFFICIAL_SHAPE', 'IOU_THRESHOLDS', 'RATIOS', 'official_ious', 'offic
            'class_ious', 'panoptic_quality', 'aggregated_jaccard', 'detection_hits', 'average_precision',
            'PictureScores', 'score_picture', 'evaluate_cells', 'score_table']
 
-# %% ../nbs/02_metrics.ipynb #c12f70ce
+# %% ../nbs/02_metrics.ipynb #67fb9e93
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,8 @@ def official_ious(
     truth: list[Cell],  # of one picture
     pred: list[Cell],  # of the same picture
     shape: tuple[int, int],  # (H, W) of the picture, as the cells are stored
-    pred_shape: tuple[int, int] | None = None,  # (H, W) of the predictions if other, like `OFFICIAL_SHAPE` after reading a submission
+    pred_shape: tuple[int, int]
+    | None = None,  # (H, W) of the predictions if other, like `OFFICIAL_SHAPE` after reading a submission
 ) -> np.ndarray:  # (len(truth),) float64, 0..1
     "Best IoU that any predicted cell has with each annotated cell, on the official grid."
     reduced = [resize_cell(cell, shape, OFFICIAL_SHAPE) for cell in truth]
@@ -44,7 +45,10 @@ def official_score(
 ) -> float:  # 0..1
     "The challenge's mIoU: mean over all annotated cells of their best IoU."
     pred_shapes = pred_shapes or shapes
-    best = [official_ious(truth[id], pred[id], shapes[id], pred_shapes[id]) if id in pred else np.zeros(len(truth[id])) for id in sorted(truth)]
+    best = [
+        official_ious(truth[id], pred[id], shapes[id], pred_shapes[id]) if id in pred else np.zeros(len(truth[id]))
+        for id in sorted(truth)
+    ]
     best = np.sort(np.concatenate([[], *best]))  # summed in one order whatever the order of cells
     if not len(best):
         raise ValueError("truth holds no cell, so there is nothing to score; is it the folder with the masks?")
@@ -154,7 +158,9 @@ def average_precision(
     scores = np.array([cell.score for id in ids for cell in _ordered(pred.get(id, []))], float)
     order = np.argsort(-scores, kind="stable")
     cells = sum(map(len, truth.values()))
-    return float(_precision_areas(np.concatenate(hits, 1)[:, order], scores[order], np.ones(len(order), int), cells).mean())
+    return float(
+        _precision_areas(np.concatenate(hits, 1)[:, order], scores[order], np.ones(len(order), int), cells).mean()
+    )
 
 
 def _precision_areas(hits: np.ndarray, scores: np.ndarray, weights: np.ndarray, cells: int) -> np.ndarray:
@@ -188,7 +194,7 @@ def score_picture(
     pred: list[Cell],  # of the same picture
     shape: tuple[int, int],  # (H, W) of the picture
 ) -> PictureScores:  # sums to add up over a set
-    "Look at one picture once, for all scores."
+    "Inspection at one picture once, for all scores."
     truth, pred = _ordered(truth), _ordered(pred)
     matches = match_cells(truth, pred)
     classes = class_ious(truth, pred, matches)

@@ -12,19 +12,19 @@ from scipy import ndimage
 from segpc_nb.aggregation import (
     accepts,
     cell_from_probability,
-    fill_holes,
+    clean_cell,
+    component_of_nucleus,
     fit_upper_ratios,
     fuse,
     keep_all,
     make_candidate,
     non_maximum_suppression,
     oracle,
-    own_piece,
     select_by_ratio,
     single_scale,
-    tidy_cell,
 )
 from segpc_nb.cells import cell_from_parts, iou_table, window
+from segpc_nb.grids import fill_holes
 from segpc_nb.regions import nucleus_box, region_box
 
 SHAPE = (48, 64)
@@ -45,9 +45,15 @@ def noisy_candidates(rng, n, scales=SCALES, grid=None):
         answers = []
         for scale in scales:
             top, left, bottom, right = region_box(nucleus_box(nucleus), scale)
-            box = (top, left, bottom, right) if grid else (max(top, 0), max(left, 0), min(bottom, SHAPE[0]), min(right, SHAPE[1]))
+            box = (
+                (top, left, bottom, right)
+                if grid
+                else (max(top, 0), max(left, 0), min(bottom, SHAPE[0]), min(right, SHAPE[1]))
+            )
             noise = ndimage.gaussian_filter(rng.random(grid or (box[2] - box[0], box[3] - box[1])), 1.5)
-            answers.append(make_candidate(nucleus, scale, box, np.clip((noise - 0.5) * 6 + 0.5, 0, 1).astype(np.float32), SHAPE))
+            answers.append(
+                make_candidate(nucleus, scale, box, np.clip((noise - 0.5) * 6 + 0.5, 0, 1).astype(np.float32), SHAPE)
+            )
         picture.append(answers)
     return picture
 
@@ -113,7 +119,7 @@ def test_own_piece_is_the_one_with_most_of_the_nucleus(rng, blur, level):
     pieces, _ = ndimage.label(mask | nucleus)
     shares = np.bincount(pieces[nucleus])
     expected = [(pieces == number) | nucleus for number in np.flatnonzero(shares == shares.max())]
-    assert any(np.array_equal(own_piece(mask, nucleus), piece) for piece in expected)
+    assert any(np.array_equal(component_of_nucleus(mask, nucleus), piece) for piece in expected)
 
 
 def test_the_piece_around_the_nucleus_wins_over_a_larger_one():
@@ -121,14 +127,16 @@ def test_the_piece_around_the_nucleus_wins_over_a_larger_one():
     nucleus[8:12, 4:8] = True
     mask = np.zeros_like(nucleus)
     mask[6:14, 2:10] = mask[1:19, 15:39] = True
-    kept = tidy_cell(mask, nucleus)
+    kept = clean_cell(mask, nucleus)
     assert kept[:, :12].sum() == 64 and not kept[:, 12:].any()
 
 
 def test_fitted_ratios_equal_an_exhaustive_search_through_the_rule_itself():
     rng = np.random.default_rng(3)
     pictures = [noisy_candidates(rng, 4, SCALES[:3]) for _ in range(3)] + [[]]
-    truths = [[scales[rng.integers(0, 3)].cell for scales in picture[:3]] for picture in pictures[:3]] + [[nucleus_at(1, 20, 20, 5)]]
+    truths = [[scales[rng.integers(0, 3)].cell for scales in picture[:3]] for picture in pictures[:3]] + [
+        [nucleus_at(1, 20, 20, 5)]
+    ]
     upper, score = fit_upper_ratios(pictures, truths, steps=5)
     n_cells = sum(map(len, truths))
 
@@ -177,6 +185,8 @@ def test_doubt_lowers_the_score_and_leaves_the_outline(size):
     assert first.area == pytest.approx(np.pi * 16**2, rel=0.03)
     for doubt in (0.6, 0.3):
         second = cell_from_probability(replace(nucleus, score=0.5), (0, 0, 48, 48), doubt * sure, 0.5, (48, 48))
-        assert second.area == pytest.approx(first.area, rel=0.01) and second.score == pytest.approx(0.5 * doubt * first.score, rel=0.02)
+        assert second.area == pytest.approx(first.area, rel=0.01) and second.score == pytest.approx(
+            0.5 * doubt * first.score, rel=0.02
+        )
     nothing = cell_from_probability(nucleus, (0, 0, 48, 48), 0.01 * sure, 0.5, (48, 48))
     assert not nothing.cytoplasm.any()  # a network that sees no cell draws none

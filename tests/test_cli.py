@@ -14,14 +14,15 @@ import tifffile
 import torch
 from pycocotools.coco import COCO
 
-from segpc_nb import cli, config, folders, formats, keras_weights, pipeline, runtimes
+from segpc_nb import backends, batch, cli, config, interchange, keras_weights, pipeline
 from segpc_nb.cells import cell_from_parts
-from segpc_nb.exports import read_cells_csv, read_results, read_submission, write_masks
 from segpc_nb.images import read_mask, write_image
 from segpc_nb.metrics import evaluate_cells
 from segpc_nb.models import build_network, load_network
 from segpc_nb.pipeline import SELECTIONS, BundleConfig, Segmenter
-from segpc_nb.released import PRESETS, ReleasedSegmenter
+from segpc_nb.released import RELEASED_PRESETS, ReleasedSegmenter
+from segpc_nb.results import read_cells_csv, read_results, write_masks
+from segpc_nb.submission import read_submission
 
 SCALES = (0.5, 1.75)
 STUB = Segmenter(
@@ -35,7 +36,7 @@ STUB = Segmenter(
 def smears(tmp_path, monkeypatch):
     "Two drawn pictures with annotation, and a pipeline of arithmetic in place of a bundle."
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(folders, "load_bundle", lambda folder, device="cpu": STUB)
+    monkeypatch.setattr(batch, "load_bundle", lambda folder, device="cpu": STUB)
     rows, columns = np.mgrid[:60, :80]
     for id, places in {"7_a": [(20, 20, 15)], "10": [(30, 25, 11), (30, 60, 15)]}.items():
         picture, cells = np.full((60, 80, 3), (232, 215, 225), np.uint8), []
@@ -58,11 +59,25 @@ def test_from_pictures_to_scores_and_submission(smears, capsys):
     mask = read_mask(smears / "out/y/10_1.png")
     assert mask.shape == (60, 80) and set(np.unique(mask)) == {0, 20, 40}
     table = read_cells_csv(smears / "out/cells.csv")
-    assert sorted(zip(table.picture, table.id)) == [("10", 1), ("10", 2), ("7_a", 1)] and table.score.between(0.5, 1).all()
+    assert (
+        sorted(zip(table.picture, table.id)) == [("10", 1), ("10", 2), ("7_a", 1)] and table.score.between(0.5, 1).all()
+    )
     capsys.readouterr()
     assert run("evaluate", "--truth", "truth", "--pred", "out", "--json") == 0
     scores = json.loads(capsys.readouterr().out)
-    keys = {"official", "pq", "ap50", "f1", "recall", "precision", "aji", "nucleus_iou", "cytoplasm_iou", "cells", "pictures"}
+    keys = {
+        "official",
+        "pq",
+        "ap50",
+        "f1",
+        "recall",
+        "precision",
+        "aji",
+        "nucleus_iou",
+        "cytoplasm_iou",
+        "cells",
+        "pictures",
+    }
     assert keys < scores.keys() and scores["cells"] == 3 and scores["pictures"] == 2
     assert scores["f1"] == 1 and scores["official"] > 0.9 and len(scores["ci"]["pq"]) == 2
     (truth, shapes), (found, _) = read_results(smears / "truth"), read_results(smears / "out")
@@ -80,16 +95,18 @@ def test_keep_all_numbers_masks_and_names_the_nucleus(smears):
     assert not table.duplicated(["nucleus", "scale"]).any() and sorted(table.query("nucleus == 1").scale) == [0.5, 1.75]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", RELEASED_PRESETS)
 def test_the_released_way_keeps_every_plausible_cell(smears, monkeypatch, preset, capsys):
     def load(folder, preset, device):
         networks = dict.fromkeys((0.5, 1.75, 2.6, 3.0), lambda crops: 40 * (0.7 - crops[:, 1:2]) * (crops[:, 1:2] > 0))
-        return ReleasedSegmenter(lambda images: 40 * (0.35 - images[:, 1:2]), networks, PRESETS[preset])
+        return ReleasedSegmenter(lambda images: 40 * (0.35 - images[:, 1:2]), networks, RELEASED_PRESETS[preset])
 
-    monkeypatch.setattr(folders, "load_released", load)
+    monkeypatch.setattr(batch, "load_released", load)
     for name in ("11", "12"):
         (smears / f"x/{name}.bmp").write_bytes((smears / "x/10.bmp").read_bytes())
-    assert run("predict", "x", "--out", "out", "--bundle", "b", "--preset", preset) == (1 if preset == "released-bug" else 0)
+    assert run("predict", "x", "--out", "out", "--bundle", "b", "--preset", preset) == (
+        1 if preset == "released-bug" else 0
+    )
     errors = capsys.readouterr().err
     assert ("12.bmp" in errors or "7_a.bmp" in errors) == (preset == "released-bug") and len(errors.splitlines()) <= 1
     table = read_cells_csv(smears / "out/cells.csv").query("picture == '10'")
@@ -128,12 +145,16 @@ def test_a_stopped_run_leaves_whole_results(smears, monkeypatch, capsys):
             return super().segment(image, *settings)
 
     seen = []
-    monkeypatch.setattr(folders, "load_bundle", lambda folder, device="cpu": Stopping(STUB.nucleus_network, STUB.cell_networks, STUB.config))
+    monkeypatch.setattr(
+        batch,
+        "load_bundle",
+        lambda folder, device="cpu": Stopping(STUB.nucleus_network, STUB.cell_networks, STUB.config),
+    )
     assert run("predict", "x", "--out", "out", "--bundle", "b") == 130
     assert capsys.readouterr().err.endswith("segpc: stopped\n")
     cells, _ = read_results(smears / "out")
     assert list(cells) == ["7_a"]
-    monkeypatch.setattr(folders, "load_bundle", lambda folder, device="cpu": STUB)
+    monkeypatch.setattr(batch, "load_bundle", lambda folder, device="cpu": STUB)
     assert run("predict", "x", "--out", "out", "--bundle", "b", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"cells": {"10": 2}, "skipped": ["7_a"], "failed": {}}
 
@@ -142,12 +163,18 @@ def test_the_size_of_nuclei_is_passed_on(smears, monkeypatch, capsys):
     given = []
 
     class Listening(Segmenter):
-        def nuclei(self, image, nucleus_px=None):
+        def find_nuclei(self, image, nucleus_px, flips):
             given.append(nucleus_px)
-            return super().nuclei(image)
+            return super().find_nuclei(image, "field", flips)
 
-    monkeypatch.setattr(folders, "load_bundle", lambda folder, device="cpu": Listening(STUB.nucleus_network, STUB.cell_networks, STUB.config))
-    monkeypatch.setattr(folders, "estimate_nucleus_px", lambda segmenter, image, pixel_um: (33.0, segmenter.nuclei(image, 33.0)))
+    monkeypatch.setattr(
+        batch,
+        "load_bundle",
+        lambda folder, device="cpu": Listening(STUB.nucleus_network, STUB.cell_networks, STUB.config),
+    )
+    monkeypatch.setattr(
+        pipeline, "estimate_nucleus_px", lambda find, image, config, pixel_um: (33.0, find(image, 33.0, False))
+    )
     assert run("predict", "x/10.bmp", "--out", "out", "--bundle", "b") == 0
     assert run("predict", "x/10.bmp", "--out", "out", "--bundle", "b", "--nucleus-px", "21") == 0
     assert given == [33.0, 21.0]
@@ -162,14 +189,32 @@ def test_exports_are_read_back_by_others(smears, capsys):
     coco = COCO(str(smears / "cells.json"))
     for image in coco.imgs.values():
         id = image["file_name"].removesuffix(".png")
-        found = {(note["cell"], note["category_id"]): coco.annToMask(note) > 0 for note in coco.loadAnns(coco.getAnnIds(image["id"]))}
+        found = {
+            (note["cell"], note["category_id"]): coco.annToMask(note) > 0
+            for note in coco.loadAnns(coco.getAnnIds(image["id"]))
+        }
         for k, cell in enumerate(cells[id], 1):
             top, left, bottom, right = cell.bbox
             assert np.array_equal(found[k, 1][top:bottom, left:right], cell.mask) and found[k, 1].sum() == cell.area
             assert np.array_equal(found[k, 2][top:bottom, left:right], cell.nucleus)
     assert run("export", "--pred", "out", "--to", "labels", "--out", "labels", "--pixel-size", "0.1") == 0
     assert tifffile.imread(smears / "labels/10.tif").shape == (2, *shapes["10"])
-    assert run("export", "--pred", "out", "--to", "table", "--out", "cells.parquet", "--pictures", "x", "--pixel-size", "0.1") == 0
+    assert (
+        run(
+            "export",
+            "--pred",
+            "out",
+            "--to",
+            "table",
+            "--out",
+            "cells.parquet",
+            "--pictures",
+            "x",
+            "--pixel-size",
+            "0.1",
+        )
+        == 0
+    )
     table = pd.read_parquet(smears / "cells.parquet")
     assert np.allclose(table.cell_um2, 0.01 * table.cell_area) and (table.nucleus_blue < 140).all()
     assert run("export", "--pred", "out", "--to", "geojson", "--out", "qupath") == 0
@@ -240,9 +285,15 @@ def test_options_from_a_file(smears):
         (["predict", "--out", "out"], "PICTURE_OR_FOLDER|pictures"),
         (["predict", "x", "--out", "out", "--bundle", "b", "--select", "best"], "keep-all"),
         (["predict", "x", "--out", "out", "--bundle", "b", "--preset", "paper"], "released-bug"),
-        (["predict", "x", "--out", "out", "--bundle", "b", "--preset", "released", "--select", "fuse"], "leave one of them out"),
+        (
+            ["predict", "x", "--out", "out", "--bundle", "b", "--preset", "released", "--select", "fuse"],
+            "leave one of them out",
+        ),
         (["predict", "x", "--out", "out", "--bundle", "b", "--preset", "released"], "cytoplasm_0.5 holds no network"),
-        (["predict", "x", "--out", "out", "--bundle", "b", "--colour", "red"], "--colour red; `segpc predict --help` shows the words"),
+        (
+            ["predict", "x", "--out", "out", "--bundle", "b", "--colour", "red"],
+            "--colour red; `segpc predict --help` shows the words",
+        ),
         (["predict", "nothing", "--out", "out", "--bundle", "b"], "nothing: no such file or folder"),
         (["predict", "x", "twin", "--out", "out", "--bundle", "b"], "have the same name"),
         (["evaluate", "--truth", "truth", "--pred", "x"], "no folder y"),
@@ -290,9 +341,22 @@ def test_no_bundle_says_how_to_make_one(tmp_path, monkeypatch, capsys):
 
 def test_words_are_those_of_the_pipeline():
     assert cli.SELECT == SELECTIONS
-    assert list(inspect.signature(cli.predict).parameters) == ["pictures", "out", "bundle", "select", "device", "preset", "nucleus_px", "backend", "cluster", "redo", "min_score", "told"]
-    assert cli.TRAINING == tuple(config.PRESETS) and cli.EXPORTS == formats.FORMATS
-    assert cli.PRESET == ("project", *PRESETS) and cli.BACKENDS == (*runtimes.BACKENDS, "auto")
+    assert list(inspect.signature(cli.predict).parameters) == [
+        "pictures",
+        "out",
+        "bundle",
+        "select",
+        "device",
+        "preset",
+        "nucleus_px",
+        "backend",
+        "cluster",
+        "redo",
+        "min_score",
+        "on_progress",
+    ]
+    assert cli.TRAINING == tuple(config.PRESETS) and cli.EXPORTS == interchange.FORMATS
+    assert cli.PRESET == ("project", *RELEASED_PRESETS) and cli.BACKENDS == (*backends.BACKENDS, "auto")
 
 
 def test_help_and_typos_do_not_load_torch():
@@ -309,7 +373,9 @@ def test_convert_keras_makes_a_network(tmp_path, capsys, monkeypatch):
         file.attrs["layer_names"] = [f"conv2d_{k}".encode() for k in range(len(order))]
         for k, name in enumerate(order):
             shapes = keras_weights.keras_shapes(network.get_submodule(name))
-            file.create_group(f"conv2d_{k}").attrs["weight_names"] = [f"conv2d_{k}/{tensor}:0".encode() for tensor, _ in shapes]
+            file.create_group(f"conv2d_{k}").attrs["weight_names"] = [
+                f"conv2d_{k}/{tensor}:0".encode() for tensor, _ in shapes
+            ]
             for tensor, shape in shapes:
                 file[f"conv2d_{k}/conv2d_{k}/{tensor}:0"] = rng.normal(0, 0.2, shape).astype(np.float32)
     assert run("convert-keras", tmp_path / "a.hdf5", tmp_path / "bundle/nucleus") == 0
@@ -335,7 +401,12 @@ def test_convert_keras_refuses_in_one_line(tmp_path, capsys):
     for words, message in cases.items():
         assert run("convert-keras", *(tmp_path / word for word in words)) == 2
         output = capsys.readouterr()
-        assert output.out == "" and len(output.err.splitlines()) == 1 and output.err.startswith("segpc: error: ") and message in output.err, output.err
+        assert (
+            output.out == ""
+            and len(output.err.splitlines()) == 1
+            and output.err.startswith("segpc: error: ")
+            and message in output.err
+        ), output.err
         assert not (tmp_path / "out").exists()
 
 

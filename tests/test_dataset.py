@@ -18,7 +18,6 @@ from torchvision.transforms import v2
 from segpc_nb.cells import CYTOPLASM, NUCLEUS, mask_from_cell
 from segpc_nb.dataset import (
     SHARED_FIELDS,
-    NucleusPictures,
     Sample,
     check_samples,
     find_dataset,
@@ -30,8 +29,9 @@ from segpc_nb.dataset import (
     split_holdout,
     unpack_dataset,
 )
+from segpc_nb.grids import resize_image
 from segpc_nb.images import PictureError, equalize_histogram, write_image
-from segpc_nb.regions import resize_window
+from segpc_nb.training_data import NucleusPictures
 
 SHAPE = (24, 32)
 
@@ -39,13 +39,17 @@ SHAPE = (24, 32)
 def draw(y, x, radius=5):
     "A mask with one round cell."
     distance = np.hypot(np.arange(SHAPE[0])[:, None] - y, np.arange(SHAPE[1]) - x)
-    return (np.uint8(CYTOPLASM) * (distance < radius) + np.uint8(NUCLEUS - CYTOPLASM) * (distance < radius / 2)).astype(np.uint8)
+    return (np.uint8(CYTOPLASM) * (distance < radius) + np.uint8(NUCLEUS - CYTOPLASM) * (distance < radius / 2)).astype(
+        np.uint8
+    )
 
 
 def write_split(folder, ids=("106", "2081"), suffix=".bmp", masks=True):
     "x and y of one split: cells 1 and 3 in every picture, the latter in three channels."
     for i, id in enumerate(ids):
-        write_image(folder / "x" / f"{id}{suffix}", np.random.default_rng(i).integers(0, 256, (*SHAPE, 3), dtype=np.uint8))
+        write_image(
+            folder / "x" / f"{id}{suffix}", np.random.default_rng(i).integers(0, 256, (*SHAPE, 3), dtype=np.uint8)
+        )
         if masks:
             write_image(folder / "y" / f"{id}_1.bmp", draw(8, 9 + i))
             write_image(folder / "y" / f"{id}_3.bmp", np.repeat(draw(14, 20)[..., None], 3, 2))
@@ -104,7 +108,9 @@ def test_every_layout_gives_the_same_samples(tmp_path, layout, monkeypatch):
     for split, ids in (("train", ["106", "2081"]), ("validation", ["610", "1948"]), ("test", ["5"])):
         samples = list_samples(split=split)
         assert [sample.id for sample in samples] == ids
-        assert [[cell.id for cell in sample.cells()] for sample in samples] == ([[1, 3]] * 2 if split != "test" else [[]])
+        assert [[cell.id for cell in sample.cells()] for sample in samples] == (
+            [[1, 3]] * 2 if split != "test" else [[]]
+        )
         assert samples[0].image().shape == (*SHAPE, 3)
         assert check_samples(samples).empty
     assert not list(out.rglob("*.zip"))
@@ -303,7 +309,9 @@ def test_cells_are_exact_or_an_error(tmp_path):
     assert Sample("7", tmp_path / "7.png").cells() == []
 
 
-@pytest.mark.parametrize("name", ["7.bmp", "7_.bmp", "_1.bmp", "7_a.bmp", "7_1b.bmp", "7_1 (1).bmp", "7_-1.bmp", "7_².bmp", "7_٣.bmp"])
+@pytest.mark.parametrize(
+    "name", ["7.bmp", "7_.bmp", "_1.bmp", "7_a.bmp", "7_1b.bmp", "7_1 (1).bmp", "7_-1.bmp", "7_².bmp", "7_٣.bmp"]
+)
 def test_names_without_a_number(name):
     with pytest.raises(PictureError, match="masks are named ID_K"):
         instance_number(name)
@@ -319,7 +327,9 @@ def test_two_pictures_of_one_name(tmp_path):
 # ---- splits
 
 shared_ids = sorted({id for pair in SHARED_FIELDS for id in pair})
-sets_of_ids = st.lists(st.sampled_from(shared_ids) | st.integers(1, 9999).map(str), unique=True, min_size=1, max_size=60)
+sets_of_ids = st.lists(
+    st.sampled_from(shared_ids) | st.integers(1, 9999).map(str), unique=True, min_size=1, max_size=60
+)
 
 
 def as_samples(ids):
@@ -347,7 +357,9 @@ def test_groups_are_the_connected_pictures(ids, random):
     assert sorted(id for group in groups for id in ids_of(group)) == sorted(ids)
     assert all(set(ids_of(group)) == reachable(group[0].id, ids) for group in groups)
     shuffled = random.sample(ids, len(ids))
-    assert {frozenset(ids_of(group)) for group in overlap_groups(as_samples(shuffled))} == {frozenset(ids_of(group)) for group in groups}
+    assert {frozenset(ids_of(group)) for group in overlap_groups(as_samples(shuffled))} == {
+        frozenset(ids_of(group)) for group in groups
+    }
 
 
 @settings(max_examples=100, deadline=None)
@@ -410,7 +422,7 @@ def test_training_sees_what_prediction_sees(tmp_path, size):
         assert (image.shape, target.shape) == ((3, *size), (1, *size))
         assert image.dtype == target.dtype == torch.float32
         assert 0 <= image.min() and image.max() <= 1
-        seen = resize_window(sample.image(), size)  # what the pipeline gives to the network
+        seen = resize_image(sample.image(), size)  # what the pipeline gives to the network
         assert np.array_equal((image * 255).round().numpy().astype(np.uint8), seen.transpose(2, 0, 1))
         nuclei = np.any([mask_from_cell(cell, SHAPE) == NUCLEUS for cell in sample.cells()], axis=0).astype(np.uint8)
         assert np.array_equal(target[0].numpy(), cv2.resize(nuclei, size[::-1], interpolation=cv2.INTER_NEAREST))
@@ -423,13 +435,17 @@ def test_transform_moves_both_and_leaves_the_cache(tmp_path):
         for before, after in zip(plain[0], flipped[0]):
             assert torch.equal(before.flip(-1), after)
     image, _ = NucleusPictures(samples, SHAPE, equalize=True)[0]
-    assert np.array_equal((image * 255).round().numpy().astype(np.uint8), equalize_histogram(samples[0].image()).transpose(2, 0, 1))
+    assert np.array_equal(
+        (image * 255).round().numpy().astype(np.uint8), equalize_histogram(samples[0].image()).transpose(2, 0, 1)
+    )
 
 
 def test_batches_and_worker_processes(tmp_path):
     samples = list_samples(write_split(tmp_path / "train").parent)
     for workers in (0, 2):
-        (image, target), = DataLoader(NucleusPictures(samples, (12, 16), v2.Identity()), batch_size=2, num_workers=workers)
+        ((image, target),) = DataLoader(
+            NucleusPictures(samples, (12, 16), v2.Identity()), batch_size=2, num_workers=workers
+        )
         assert (image.shape, target.shape) == ((2, 3, 12, 16), (2, 1, 12, 16))
         assert type(image) is type(target) is torch.Tensor
 
@@ -453,5 +469,13 @@ def test_the_official_training_set():
     assert [sample.id for sample in samples[:3]] == ["106", "108", "109"]
     kept, holdout = split_holdout(samples)
     assert (len(kept), len(holdout)) == (239, 59)
-    assert [sorted(ids_of(group)) for group in overlap_groups(samples) if len(group) > 1] == [["1934", "1939"], ["2111", "2112"], ["2128", "2148"], ["2141", "2340"], ["9431", "9432"]]
-    assert check_samples([sample for sample in samples if sample.id in ("106", "2044", "9734")]).problem.tolist() == ["the same nucleus as in 2044_3; take one of the two out"]
+    assert [sorted(ids_of(group)) for group in overlap_groups(samples) if len(group) > 1] == [
+        ["1934", "1939"],
+        ["2111", "2112"],
+        ["2128", "2148"],
+        ["2141", "2340"],
+        ["9431", "9432"],
+    ]
+    assert check_samples([sample for sample in samples if sample.id in ("106", "2044", "9734")]).problem.tolist() == [
+        "the same nucleus as in 2044_3; take one of the two out"
+    ]

@@ -17,7 +17,11 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 root = Path(__file__).parent.parent
-notebooks = [root / "nbs" / "index.ipynb", *sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb")), *sorted((root / "nbs" / "runs").glob("*.ipynb"))]
+notebooks = [
+    root / "nbs" / "index.ipynb",
+    *sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb")),
+    *sorted((root / "nbs" / "runs").glob("*.ipynb")),
+]
 modules = sorted(path.stem for path in (root / "segpc_nb").glob("[a-z]*.py"))
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -55,7 +59,9 @@ def site(tmp_path_factory):
     for package in ("sphinx", "myst_nb", "sphinx_book_theme", "sphinx_design", "latex2mathml"):
         pytest.importorskip(package, reason="needs the extra: pip install 'segpc_nb[docs]'")
     out = tmp_path_factory.mktemp("site")
-    built = subprocess.run([sys.executable, root / "docs" / "build.py", out], check=False, capture_output=True, text=True)
+    built = subprocess.run(
+        [sys.executable, root / "docs" / "build.py", out], check=False, capture_output=True, text=True
+    )
     assert built.returncode == 0, built.stderr
     return out / "html"
 
@@ -90,16 +96,28 @@ def test_links_and_pictures_are_there(site, pages):
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             target = target / "index.html" if target.is_dir() else target
-            if not target.is_file() or (parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids):
+            if not target.is_file() or (
+                parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids
+            ):
                 broken.append(f"{path.relative_to(site)}: {link}")
     assert broken == []
     assert sum(len(page.links) for page in pages.values()) > 1000
 
 
 def test_nothing_is_fetched(site, pages):
-    outside = [(path.name, load) for path, page in pages.items() for load in page.loads if urlsplit(load).scheme not in ("", "data") or urlsplit(load).netloc]
+    outside = [
+        (path.name, load)
+        for path, page in pages.items()
+        for load in page.loads
+        if urlsplit(load).scheme not in ("", "data") or urlsplit(load).netloc
+    ]
     for path in site.rglob("*.css"):
-        outside += [(path.name, found) for found in re.findall(r"(?:url\(|@import\s)\s*['\"]?((?:https?:)?//[^)'\"]*)", path.read_text(encoding="utf-8"))]
+        outside += [
+            (path.name, found)
+            for found in re.findall(
+                r"(?:url\(|@import\s)\s*['\"]?((?:https?:)?//[^)'\"]*)", path.read_text(encoding="utf-8")
+            )
+        ]
     assert outside == []
 
 
@@ -121,7 +139,12 @@ def test_the_gallery_has_every_figure(site, pages):
     gallery = pages[site / "gallery.html"]
     kept = {path.name: path for path in (root / "results" / "benchmarks").glob("*.ipynb")}  # shown in place of the runs
     count = sum(figures(kept.get(path.name, path)) for path in notebooks)
-    assert sum("_images/cell-" in load for load in gallery.loads) == len([link for link in gallery.links if "#cell-" in link]) == count > 20
+    assert (
+        sum("_images/cell-" in load for load in gallery.loads)
+        == len([link for link in gallery.links if "#cell-" in link])
+        == count
+        > 20
+    )
 
 
 @pytest.mark.parametrize("name", modules)
@@ -160,7 +183,10 @@ def tab(site):
         tab.trouble = []
         tab.on("pageerror", lambda error: tab.trouble.append(str(error)))
         tab.on("console", lambda message: tab.trouble.append(message.text) if message.type == "error" else None)
-        tab.on("request", lambda request: tab.trouble.append(request.url) if not request.url.startswith((home, "data:")) else None)
+        tab.on(
+            "request",
+            lambda request: tab.trouble.append(request.url) if not request.url.startswith((home, "data:")) else None,
+        )
         yield tab
         assert tab.trouble == []
         browser.close()

@@ -32,7 +32,12 @@ def test_xception_equals_timm_apart_from_the_padding_of_the_first_convolution(st
     randomize(theirs)
     theirs.stem_0.conv.padding = (0, 0)
     ours = get_encoder("xception65", output_stride=stride).eval()
-    ours.load_state_dict({name.replace("stem_", "stem.").replace("blocks_", "blocks."): tensor for name, tensor in theirs.state_dict().items()})
+    ours.load_state_dict(
+        {
+            name.replace("stem_", "stem.").replace("blocks_", "blocks."): tensor
+            for name, tensor in theirs.state_dict().items()
+        }
+    )
     images = torch.rand(1, 3, 64, 96)
     with torch.inference_mode():
         mine, reference = ours(images)[1:], theirs(F.pad(images, (0, 1, 0, 1)))
@@ -46,7 +51,9 @@ def test_weights_of_timm_load_with_their_classifier_and_nothing_else():
     state = timm.create_model("xception65").state_dict()
     encoder = get_encoder("xception65")
     encoder.load_state_dict(state)
-    torch.testing.assert_close(encoder.state_dict()["blocks.20.stack.conv3.conv_pw.weight"], state["blocks.20.stack.conv3.conv_pw.weight"])
+    torch.testing.assert_close(
+        encoder.state_dict()["blocks.20.stack.conv3.conv_pw.weight"], state["blocks.20.stack.conv3.conv_pw.weight"]
+    )
     del state["stem.0.conv.weight"]
     with pytest.raises(RuntimeError, match=r"stem\.0\.conv\.weight"):
         encoder.load_state_dict(state)
@@ -105,7 +112,11 @@ def test_lite0_package_fills_every_tensor_and_ignores_the_mask_at_first():
     encoder = stride_16_encoder(LITE0, 4).eval()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     load_lite0(encoder, LITE0)
-    same = [name for name, tensor in encoder.state_dict().items() if tensor.is_floating_point() and (tensor == before[name]).all()]
+    same = [
+        name
+        for name, tensor in encoder.state_dict().items()
+        if tensor.is_floating_point() and (tensor == before[name]).all()
+    ]
     assert same == []
     crops = torch.rand(1, 4, 64, 64)
     other = torch.cat([crops[:, :3], 1 - crops[:, 3:]], 1)

@@ -1,4 +1,4 @@
-"""The authors' files: reading every layout, every conversion rule against a NumPy oracle, refusals, and parity with the original networks."""
+"""The authors' files: reading every layout, every conversion rule against a NumPy oracle, refusals, and parity with the original cli_train."""
 
 import subprocess
 import sys
@@ -11,11 +11,23 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from segpc_nb.keras_weights import KERAS_NETWORKS, KerasLayer, convert_keras, convert_layer, fill_from_keras, keras_rules, keras_shapes, read_keras, unet_order
+from segpc_nb.keras_weights import (
+    KERAS_NETWORKS,
+    KerasLayer,
+    convert_keras_file,
+    convert_layer,
+    fill_from_keras,
+    keras_rules,
+    keras_shapes,
+    read_keras,
+    unet_order,
+)
 from segpc_nb.models import AttentionDeepLabV3Plus, UNet, load_network
 
 REFERENCE = Path(__file__).parent.parent.parent / "shared" / "keras"
-needs_reference = pytest.mark.skipif(not (REFERENCE / "make_hdf5.py").exists(), reason="the reference vectors are not here")
+needs_reference = pytest.mark.skipif(
+    not (REFERENCE / "make_hdf5.py").exists(), reason="the reference vectors are not here"
+)
 
 
 @pytest.fixture
@@ -41,7 +53,13 @@ def write(group, arrays, suffix=":0", text=False):
 
 def random_layers(rng, network, order, name="conv2d_{}"):
     "Random tensors for every layer of a network, in Keras' shapes."
-    return {name.format(i + 1): {tensor: rng.normal(0, 0.2, shape).astype(np.float32) for tensor, shape in keras_shapes(network.get_submodule(key))} for i, key in enumerate(order)}
+    return {
+        name.format(i + 1): {
+            tensor: rng.normal(0, 0.2, shape).astype(np.float32)
+            for tensor, shape in keras_shapes(network.get_submodule(key))
+        }
+        for i, key in enumerate(order)
+    }
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -51,7 +69,11 @@ def random_layers(rng, network, order, name="conv2d_{}"):
 @pytest.mark.parametrize("suffix", (":0", ""))
 @pytest.mark.parametrize("text", (False, True))
 def test_every_layout_reads_the_same(tmp_path, rng, full, suffix, text):
-    arrays = {"zeta": {"zeta/kernel": rng.normal(size=(1, 1, 2, 3)), "zeta/bias": rng.normal(size=3)}, "relu": {}, "alpha": {"alpha_1/depthwise_kernel": rng.normal(size=(3, 3, 3, 1))}}
+    arrays = {
+        "zeta": {"zeta/kernel": rng.normal(size=(1, 1, 2, 3)), "zeta/bias": rng.normal(size=3)},
+        "relu": {},
+        "alpha": {"alpha_1/depthwise_kernel": rng.normal(size=(3, 3, 3, 1))},
+    }
     with h5py.File(tmp_path / "a.h5", "w") as file:
         write(file.create_group("model_weights") if full else file, arrays, suffix, text)
         file.create_group("top_level_model_weights").attrs["weight_names"] = np.zeros(0)
@@ -73,7 +95,14 @@ def test_long_lists_in_pieces(tmp_path):
 
 
 def test_a_model_inside_a_layer_lists_statistics_last(tmp_path):
-    inner = {"conv_9/kernel": np.zeros((1, 1, 1, 2)), "bn_3/gamma": np.ones(2), "bn_3/beta": np.ones(2), "conv_2/kernel": np.zeros((1, 1, 2, 1)), "bn_3/moving_mean": np.ones(2), "bn_3/moving_variance": np.ones(2)}
+    inner = {
+        "conv_9/kernel": np.zeros((1, 1, 1, 2)),
+        "bn_3/gamma": np.ones(2),
+        "bn_3/beta": np.ones(2),
+        "conv_2/kernel": np.zeros((1, 1, 2, 1)),
+        "bn_3/moving_mean": np.ones(2),
+        "bn_3/moving_variance": np.ones(2),
+    }
     with h5py.File(tmp_path / "a.h5", "w") as file:
         write(file, {"input_1": {}, "model_1": inner})
     layers = read_keras(tmp_path / "a.h5")
@@ -98,7 +127,7 @@ def test_what_is_no_keras_file(tmp_path):
     with h5py.File(tmp_path / "empty.h5", "w"):
         pass
     with pytest.raises(ValueError, match="the file ends after 0 layers.*some other network"):
-        convert_keras(tmp_path / "empty.h5", tmp_path / "out")
+        convert_keras_file(tmp_path / "empty.h5", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -112,7 +141,11 @@ def convolve(image, kernel, depthwise=False):
     for row in range(out.shape[0]):
         for column in range(out.shape[1]):
             window = image[row : row + kh, column : column + kw]
-            out[row, column] = np.einsum("hwc,hwc->c", window, kernel[..., 0]) if depthwise else np.einsum("hwi,hwio->o", window, kernel)
+            out[row, column] = (
+                np.einsum("hwc,hwc->c", window, kernel[..., 0])
+                if depthwise
+                else np.einsum("hwi,hwio->o", window, kernel)
+            )
     return out
 
 
@@ -146,18 +179,36 @@ def test_dense(rng):
 def test_convolution_across_branches(rng):
     stack, kernel = float32(rng, 4, 3, 5, 2), float32(rng, 1, 1, 5, 2, 6)  # h, w, branch, channel
     ours = run(nn.Conv3d(2, 6, (5, 1, 1), bias=False), {"kernel": kernel}, stack.transpose(3, 2, 0, 1)[None])
-    np.testing.assert_allclose(ours[0, :, 0].transpose(1, 2, 0), np.einsum("hwsi,sio->hwo", stack, kernel[0, 0]), atol=1e-5)
+    np.testing.assert_allclose(
+        ours[0, :, 0].transpose(1, 2, 0), np.einsum("hwsi,sio->hwo", stack, kernel[0, 0]), atol=1e-5
+    )
 
 
 def test_batch_normalisation(rng):
-    gamma, beta, mean, variance = float32(rng, 3), float32(rng, 3), float32(rng, 3), rng.uniform(0.5, 2, 3).astype(np.float32)
+    gamma, beta, mean, variance = (
+        float32(rng, 3),
+        float32(rng, 3),
+        float32(rng, 3),
+        rng.uniform(0.5, 2, 3).astype(np.float32),
+    )
     maps = float32(rng, 4, 4, 3)
     tensors = {"gamma": gamma, "beta": beta, "moving_mean": mean, "moving_variance": variance}
     ours = run(nn.BatchNorm2d(3, eps=1e-3), tensors, maps.transpose(2, 0, 1)[None])
-    np.testing.assert_allclose(ours[0].transpose(1, 2, 0), gamma * (maps - mean) / np.sqrt(variance + 1e-3) + beta, atol=1e-5)
+    np.testing.assert_allclose(
+        ours[0].transpose(1, 2, 0), gamma * (maps - mean) / np.sqrt(variance + 1e-3) + beta, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("module", (nn.Conv2d(2, 4, (3, 2)), nn.Conv2d(3, 3, 3, groups=3, bias=False), nn.Linear(3, 5, bias=False), nn.Conv3d(2, 6, (5, 1, 1), bias=False), nn.BatchNorm2d(4)))
+@pytest.mark.parametrize(
+    "module",
+    (
+        nn.Conv2d(2, 4, (3, 2)),
+        nn.Conv2d(3, 3, 3, groups=3, bias=False),
+        nn.Linear(3, 5, bias=False),
+        nn.Conv3d(2, 6, (5, 1, 1), bias=False),
+        nn.BatchNorm2d(4),
+    ),
+)
 def test_shapes_agree_with_the_rules(module, rng):
     tensors = {name: rng.normal(size=shape) for name, shape in keras_shapes(module)}
     for ours, tensor in convert_layer(KerasLayer("it", tensors), module).items():
@@ -201,7 +252,13 @@ def test_a_small_unet_answers_as_the_same_network_in_numpy(tmp_path, rng):
     order = unet_order(network)
     arrays = random_layers(rng, network, order)
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        write(file, {name: {f"{name}/{tensor}": array for tensor, array in tensors.items()} for name, tensors in arrays.items()})
+        write(
+            file,
+            {
+                name: {f"{name}/{tensor}": array for tensor, array in tensors.items()}
+                for name, tensors in arrays.items()
+            },
+        )
     fill_from_keras(network, order, read_keras(tmp_path / "a.h5"))
     image = rng.uniform(size=(8, 12, 3)).astype(np.float32)
     with torch.inference_mode():
@@ -226,18 +283,27 @@ def test_deeplab_order_holds_every_tensor_once(deeplab):
 
 def test_refusals_name_layer_shapes_and_likeness(tmp_path, deeplab, rng):
     network, order = deeplab
-    arrays = {f"layer_{i}": {f"layer_{i}/{tensor}": np.broadcast_to(np.float32(0), shape) for tensor, shape in keras_shapes(network.get_submodule(name))} for i, name in enumerate(order)}
+    arrays = {
+        f"layer_{i}": {
+            f"layer_{i}/{tensor}": np.broadcast_to(np.float32(0), shape)
+            for tensor, shape in keras_shapes(network.get_submodule(name))
+        }
+        for i, name in enumerate(order)
+    }
 
     def message(changed):
         with h5py.File(tmp_path / "a.h5", "w") as file:
             write(file, changed)
         with pytest.raises(ValueError) as error:
-            convert_keras(tmp_path / "a.h5", tmp_path / "out")
+            convert_keras_file(tmp_path / "a.h5", tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return str(error.value)
 
     small = {f"layer_{i}": tensors for i, tensors in enumerate(arrays.values()) if i < 3}
-    small = {name: {path.replace(path.split("/")[0], name): array for path, array in tensors.items()} for name, tensors in small.items()}
+    small = {
+        name: {path.replace(path.split("/")[0], name): array for path, array in tensors.items()}
+        for name, tensors in small.items()
+    }
     text = message(small)
     assert "the file ends after 3 layers with weights" in text and "some other network" in text
     text = message({"fc": {"fc/kernel": np.zeros((7, 3), np.float32)}})
@@ -257,8 +323,12 @@ def test_numbers_that_are_not_finite(rng):
 
 
 def convert_reference(net, folder, *options):
-    subprocess.run([sys.executable, REFERENCE / "make_hdf5.py", net, "A", folder / "it.hdf5", *options], check=True, capture_output=True)
-    name = convert_keras(folder / "it.hdf5", folder / "it")
+    subprocess.run(
+        [sys.executable, REFERENCE / "make_hdf5.py", net, "A", folder / "it.hdf5", *options],
+        check=True,
+        capture_output=True,
+    )
+    name = convert_keras_file(folder / "it.hdf5", folder / "it")
     (folder / "it.hdf5").unlink()
     return name
 
@@ -273,7 +343,9 @@ def compare(network, net, size):
 
 
 @needs_reference
-@pytest.mark.parametrize("options", ([], pytest.param(["--format", "full", "--zero-based"], marks=pytest.mark.slow)), ids=("weights", "full"))
+@pytest.mark.parametrize(
+    "options", ([], pytest.param(["--format", "full", "--zero-based"], marks=pytest.mark.slow)), ids=("weights", "full")
+)
 def test_unet_answers_as_the_original(tmp_path, options):
     assert convert_reference("unet", tmp_path, *options) == "U-Net"
     network = load_network(tmp_path / "it")
@@ -296,7 +368,9 @@ def test_deeplab_answers_as_the_original_at_both_sizes(tmp_path):
 
 @needs_reference
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ([], ["--zero-based"], ["--format", "full"], ["--format", "full", "--offset-names"]))
+@pytest.mark.parametrize(
+    "options", ([], ["--zero-based"], ["--format", "full"], ["--format", "full", "--offset-names"])
+)
 def test_every_naming_gives_the_same_tensors(tmp_path, options):
     for folder, chosen in ((tmp_path / "a", ["--offset-names"]), (tmp_path / "b", options)):
         folder.mkdir()
@@ -314,6 +388,8 @@ def test_double_precision_equals_the_gold(tmp_path, net, size):
     images = data["x_u8"][:1].astype(np.float64)
     images[..., :3] /= 255
     with torch.inference_mode():
-        ours = load_network(tmp_path / "it").double()(torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2).double())
+        ours = load_network(tmp_path / "it").double()(
+            torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2).double()
+        )
     gold = data["y"][:1].astype(np.float64) + data["y64_minus_y"]
     assert np.abs(ours.permute(0, 2, 3, 1).numpy() - gold).max() < 1e-8

@@ -16,14 +16,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from segpc_nb.cells import (
-    Cell,
-    cell_from_parts,
-    encode_rle,
-    iou_table,
-    mask_from_cell,
-    resize_cell,
-)
+from segpc_nb.cells import Cell, cell_from_parts, encode_rle, iou_table, mask_from_cell, resize_cell
 from segpc_nb.dataset import list_samples
 from segpc_nb.metrics import (
     OFFICIAL_SHAPE,
@@ -55,7 +48,9 @@ def random_cells(rng, n, shape=SHAPE, smallest=3):
         top, left = rng.integers(0, shape[0] - 2), rng.integers(0, shape[1] - 2)
         box = (top, left, top + height, left + width)
         with contextlib.suppress(ValueError):
-            cells.append(cell_from_parts(k + 1, box, distance < rng.uniform(0.1, 0.4), distance < 0.5, shape, score=rng.random()))
+            cells.append(
+                cell_from_parts(k + 1, box, distance < rng.uniform(0.1, 0.4), distance < 0.5, shape, score=rng.random())
+            )
     return cells
 
 
@@ -101,9 +96,14 @@ def organisers_score(truth, pred, shapes):
     "Every mask as a full frame of 1080 x 1440, as the organisers' program compares them."
     total = cells = 0
     for id, members in truth.items():
-        grid = [cv2.resize(mask_from_cell(cell, shapes[id]), OFFICIAL_SHAPE[::-1], interpolation=cv2.INTER_NEAREST) > 0 for cell in pred.get(id, [])]
+        grid = [
+            cv2.resize(mask_from_cell(cell, shapes[id]), OFFICIAL_SHAPE[::-1], interpolation=cv2.INTER_NEAREST) > 0
+            for cell in pred.get(id, [])
+        ]
         for cell in members:
-            mask = cv2.resize(mask_from_cell(cell, shapes[id]), OFFICIAL_SHAPE[::-1], interpolation=cv2.INTER_NEAREST) > 0
+            mask = (
+                cv2.resize(mask_from_cell(cell, shapes[id]), OFFICIAL_SHAPE[::-1], interpolation=cv2.INTER_NEAREST) > 0
+            )
             total += max(((mask & other).sum() / max((mask | other).sum(), 1) for other in grid), default=0)
             cells += 1
     return total / cells
@@ -145,7 +145,9 @@ def test_official_score_never_falls_with_more_masks():
 def test_the_size_of_predictions_may_be_told(seed):
     truth, pred, shapes = random_set(seed, pictures=2)
     reduced = {id: [resize_cell(cell, SHAPE, OFFICIAL_SHAPE) for cell in cells] for id, cells in pred.items()}
-    assert official_score(truth, reduced, shapes, dict.fromkeys(truth, OFFICIAL_SHAPE)) == official_score(truth, pred, shapes)
+    assert official_score(truth, reduced, shapes, dict.fromkeys(truth, OFFICIAL_SHAPE)) == official_score(
+        truth, pred, shapes
+    )
 
 
 # matching, panoptic quality, F1
@@ -239,7 +241,9 @@ def test_aggregated_jaccard_equals_cellseg_metrics_where_definitions_agree(seed)
     assume(a and b and not tied(a, b))
     shared = np.array([[(x & y).sum() for y in frames(b)] for x in frames(a)])
     ious = iou_table(a, b)
-    single = (shared == shared.max(1, keepdims=True)).sum(1) == 1  # it takes the largest intersection, and all of them when they tie
+    single = (shared == shared.max(1, keepdims=True)).sum(
+        1
+    ) == 1  # it takes the largest intersection, and all of them when they tie
     assume(((shared.argmax(1) == ious.argmax(1)) & single | (shared.max(1) == 0)).all())
     assert aggregated_jaccard(a, b) == pytest.approx(aggregated_jaccard_index(labels, guess, eps=1e-12), abs=1e-9)
 
@@ -275,8 +279,12 @@ def coco_precision(truth, pred):
 
     categories = [{"id": 1, "name": "plasma cell"}]
     with contextlib.redirect_stdout(io.StringIO()):
-        ours = COCO({"images": images, "categories": categories, "annotations": [packed(e) for e in entries(truth)], "info": {}})
-        guess = COCO({"images": images, "categories": categories, "annotations": [packed(e) for e in entries(pred)], "info": {}})
+        ours = COCO(
+            {"images": images, "categories": categories, "annotations": [packed(e) for e in entries(truth)], "info": {}}
+        )
+        guess = COCO(
+            {"images": images, "categories": categories, "annotations": [packed(e) for e in entries(pred)], "info": {}}
+        )
         run = COCOeval_faster(ours, guess, "segm")
         run.evaluate()
         run.accumulate()
@@ -310,7 +318,9 @@ def test_equal_scores_enter_together():
 def test_order_of_cells_and_pictures_changes_nothing(seed):
     truth, pred, shapes = random_set(seed)
     rng = np.random.default_rng(seed)
-    pred = {id: [replace(cell, score=round(cell.score, 1)) for cell in cells] for id, cells in pred.items()}  # with ties
+    pred = {
+        id: [replace(cell, score=round(cell.score, 1)) for cell in cells] for id, cells in pred.items()
+    }  # with ties
     before = evaluate_cells(truth, pred, shapes, n_boot=20)
 
     def shuffled(cells):
@@ -323,7 +333,9 @@ def test_order_of_cells_and_pictures_changes_nothing(seed):
     for score in (panoptic_quality, average_precision):
         assert score(shuffled(truth), shuffled(pred)) == pytest.approx(score(truth, pred), abs=1e-12)
     for id, cells in truth.items():
-        one, other = (aggregated_jaccard(*sets) for sets in ((cells, pred.get(id, [])), (cells[::-1], pred.get(id, [])[::-1])))
+        one, other = (
+            aggregated_jaccard(*sets) for sets in ((cells, pred.get(id, [])), (cells[::-1], pred.get(id, [])[::-1]))
+        )
         assert one == other or np.isnan([one, other]).all()
 
 
@@ -339,7 +351,9 @@ def test_scores_agree_with_their_own_functions_and_intervals(seed):
     assert result["ap50"] == pytest.approx(average_precision(truth, pred, [0.5]))
     pictures = [aggregated_jaccard(truth[id], pred.get(id, [])) for id in truth]
     assert result["aji"] == pytest.approx(np.nanmean(pictures))
-    pairs = [(_ordered(truth[id]), _ordered(pred[id])) for id in pred]  # where two pairings are equally good, the same is taken
+    pairs = [
+        (_ordered(truth[id]), _ordered(pred[id])) for id in pred
+    ]  # where two pairings are equally good, the same is taken
     parts = np.concatenate([np.zeros((0, 2)), *[class_ious(a, b, match_cells(a, b)) for a, b in pairs]])
     means = np.nansum(parts, 0) / np.maximum(np.isfinite(parts).sum(0), 1)  # 0 if there is nothing to compare
     assert [result["nucleus_iou"], result["cytoplasm_iou"]] == pytest.approx(means)
@@ -367,7 +381,10 @@ def test_bootstrap_equals_evaluating_each_drawn_set():
 def test_perfect_and_empty_predictions():
     truth, _, shapes = random_set(1)
     distinct = {id: flat(cells)[1] for id, cells in truth.items()}
-    perfect, nothing = evaluate_cells(distinct, distinct, shapes, n_boot=0), evaluate_cells(distinct, {}, shapes, n_boot=5)
+    perfect, nothing = (
+        evaluate_cells(distinct, distinct, shapes, n_boot=0),
+        evaluate_cells(distinct, {}, shapes, n_boot=5),
+    )
     for name in (*RATIOS, "ap", "ap50"):
         if name != "cytoplasm_iou":  # these cells are nuclei only
             assert perfect[name] == pytest.approx(1), name
@@ -396,7 +413,9 @@ def test_errors_name_the_fault():
 
 def test_table_of_methods():
     truth, pred, shapes = random_set(4)
-    table = score_table({"ours": evaluate_cells(truth, pred, shapes, n_boot=9), "none": evaluate_cells(truth, {}, shapes, n_boot=0)})
+    table = score_table(
+        {"ours": evaluate_cells(truth, pred, shapes, n_boot=9), "none": evaluate_cells(truth, {}, shapes, n_boot=0)}
+    )
     assert table.loc["none", "pq"] == "0.000" and "[" in table.loc["ours", "pq"]
     assert list(score_table({}).columns) == []
 
@@ -413,7 +432,10 @@ def test_real_cells_against_coco_and_full_frames():
     pred = {id: shake(rng, cells, shapes[id]) for id, cells in truth.items()}
     few = dict(itertools.islice(truth.items(), 3))
     assert official_score(few, pred, shapes) == pytest.approx(organisers_score(few, pred, shapes), abs=1e-12)
-    nuclei = {id: [replace(c, cytoplasm=np.zeros_like(c.nucleus)) for c in cells if c.nucleus.any()] for id, cells in truth.items()}
+    nuclei = {
+        id: [replace(c, cytoplasm=np.zeros_like(c.nucleus)) for c in cells if c.nucleus.any()]
+        for id, cells in truth.items()
+    }
     assert official_score(few, nuclei, shapes) == pytest.approx(organisers_score(few, nuclei, shapes), abs=1e-12)
 
 

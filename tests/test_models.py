@@ -14,8 +14,18 @@ from segpc_nb.models import AttentionDeepLabV3Plus, BranchAttention, UNet, build
 
 SMALL = {
     "unet": {"name": "unet", "widths": (4, 8)},
-    "deeplab": {"name": "attention-deeplabv3plus", "encoder_name": "tu-mobilenetv3_small_050", "decoder_channels": 8, "atrous_rates": (1, 2, 3)},
-    "paper-head": {"name": "attention-deeplabv3plus", "encoder_name": "tu-mobilenetv3_small_050", "decoder_channels": 8, "paper_head": True},
+    "deeplab": {
+        "name": "attention-deeplabv3plus",
+        "encoder_name": "tu-mobilenetv3_small_050",
+        "decoder_channels": 8,
+        "atrous_rates": (1, 2, 3),
+    },
+    "paper-head": {
+        "name": "attention-deeplabv3plus",
+        "encoder_name": "tu-mobilenetv3_small_050",
+        "decoder_channels": 8,
+        "paper_head": True,
+    },
     "smp-unet": {"name": "smp-unet", "encoder_name": "tu-mobilenetv3_small_050", "decoder_channels": (16, 8, 8, 8, 8)},
 }
 
@@ -67,7 +77,9 @@ def test_any_multiple_of_sixteen(rows, columns):
 
 @pytest.mark.parametrize("size", ((100, 96), (96, 8), (17, 17)))
 def test_other_sizes_are_refused_with_the_nearest_allowed(size):
-    with pytest.raises(ValueError, match=f"input of {size[0]}x{size[1]} px; both sides must be multiples of 16, resize to"):
+    with pytest.raises(
+        ValueError, match=f"input of {size[0]}x{size[1]} px; both sides must be multiples of 16, resize to"
+    ):
         build_network(**SMALL["deeplab"])(torch.zeros(1, 4, *size))
 
 
@@ -111,7 +123,9 @@ def test_half_is_half_the_size_and_nearly_the_same(tmp_path):
         save_network(network, tmp_path / str(half), half=half)
     sizes = [(tmp_path / str(half) / "model.safetensors").stat().st_size for half in (False, True)]
     assert sizes[1] < 0.6 * sizes[0]
-    torch.testing.assert_close(answer(load_network(tmp_path / "True"), images), answer(network, images), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(
+        answer(load_network(tmp_path / "True"), images), answer(network, images), rtol=0.05, atol=0.02
+    )
 
 
 @pytest.mark.parametrize("name", ("unet", "deeplab", "paper-head"))
@@ -129,7 +143,9 @@ def test_loading_never_reaches_for_the_network(tmp_path, monkeypatch):
     from segmentation_models_pytorch.encoders import timm_universal
 
     create = timm_universal.timm.create_model
-    monkeypatch.setattr(timm_universal.timm, "create_model", lambda name, **rest: create(name, **rest | {"pretrained": False}))
+    monkeypatch.setattr(
+        timm_universal.timm, "create_model", lambda name, **rest: create(name, **rest | {"pretrained": False})
+    )
     networks = [build_network(**SMALL[name], encoder_weights="imagenet") for name in ("deeplab", "smp-unet")]
     monkeypatch.undo()
 

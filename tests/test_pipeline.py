@@ -20,7 +20,15 @@ from segpc_nb.aggregation import cell_from_probability, single_scale
 from segpc_nb.cells import Cell, cell_from_parts, iou_table
 from segpc_nb.models import build_network, load_network
 from segpc_nb.nuclei import find_nuclei, split_touching
-from segpc_nb.pipeline import SELECTIONS, BundleConfig, Segmenter, aggregate, ask, ask_regions, load_bundle
+from segpc_nb.pipeline import (
+    SELECTIONS,
+    BundleConfig,
+    Segmenter,
+    aggregate,
+    load_bundle,
+    predict_probabilities,
+    predict_regions,
+)
 from segpc_nb.synthetic import make_picture
 
 SCALES = (0.5, 1.75, 2.6, 3.0)
@@ -38,7 +46,7 @@ def coloured_is_cell(crops):
 SEGMENTER = Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), CONFIG, pixels=3 * 48 * 48)
 
 
-def drawn(rng, shape=(192, 256), cells=4):
+def union_mask(rng, shape=(192, 256), cells=4):
     "A picture with discs in discs, apart from each other, and what was drawn."
     image, truth = np.full((*shape, 3), (232, 215, 225), np.uint8), []
     rows, columns = np.mgrid[: shape[0], : shape[1]] / (shape[0] / 96)
@@ -47,7 +55,11 @@ def drawn(rng, shape=(192, 256), cells=4):
         row, column, radius = rng.uniform(0, 96), rng.uniform(0, 128), rng.uniform(4, 8)
         distance = np.hypot(rows - row, columns - column)
         nucleus, cell = distance < radius, distance < radius * rng.uniform(1.2, 2)
-        if len(truth) < cells and nucleus.sum() > 0.4 * radius**2 * (shape[0] / 96) ** 2 and free[distance < 2.2 * radius].all():
+        if (
+            len(truth) < cells
+            and nucleus.sum() > 0.4 * radius**2 * (shape[0] / 96) ** 2
+            and free[distance < 2.2 * radius].all()
+        ):
             image[cell], image[nucleus] = (150, 140, 200), (90, 40, 130)
             free[distance < 3 * radius] = False
             truth.append(cell_from_parts(len(truth) + 1, (0, 0, *shape), nucleus, cell))
@@ -57,7 +69,7 @@ def drawn(rng, shape=(192, 256), cells=4):
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([(96, 128), (144, 192), (288, 384)]))
 def test_drawn_cells_are_found_at_every_size_of_picture(seed, shape):
-    image, truth = drawn(np.random.default_rng(seed), shape)
+    image, truth = union_mask(np.random.default_rng(seed), shape)
     nuclei = SEGMENTER.nuclei(image)
     assert len(nuclei) == len(truth)
     cells = SEGMENTER.segment(image)
@@ -73,22 +85,27 @@ def test_drawn_cells_are_found_at_every_size_of_picture(seed, shape):
 @given(st.integers(0, 1000), st.tuples(*[st.floats(-1, 4)] * 3), st.floats(0, 1))
 def test_lazy_evaluation_gives_the_same_cells(seed, upper, min_score):
     rng = np.random.default_rng(seed)
-    image, _ = drawn(rng)
+    image, _ = union_mask(rng)
     config = BundleConfig((96, 128), SCALES, (48, 48, 64, 64), upper, min_score=min_score)
     segmenter = Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), config)
-    nuclei = [replace(nucleus, score=rng.random()) for nucleus in segmenter.nuclei(image)]  # some can't reach the least score
+    nuclei = [
+        replace(nucleus, score=rng.random()) for nucleus in segmenter.nuclei(image, "field")
+    ]  # some can't reach the least score
     candidates = segmenter.candidates(image, nuclei)
     for select in SELECTIONS:
         lazy, eager = segmenter.segment(image, select, nuclei), aggregate(candidates, select, config)
         assert [(c.id, c.scale, c.bbox, c.score) for c in lazy] == [(c.id, c.scale, c.bbox, c.score) for c in eager]
-        assert all(np.array_equal(a.nucleus, b.nucleus) and np.array_equal(a.cytoplasm, b.cytoplasm) for a, b in zip(lazy, eager))
+        assert all(
+            np.array_equal(a.nucleus, b.nucleus) and np.array_equal(a.cytoplasm, b.cytoplasm)
+            for a, b in zip(lazy, eager)
+        )
 
 
 def test_nuclei_below_the_least_score_are_not_shown_to_stage_two():
     def unasked(crops):
         raise AssertionError("asked about a nucleus that can't be reported")
 
-    image, _ = drawn(np.random.default_rng(0))
+    image, _ = union_mask(np.random.default_rng(0))
     segmenter = Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, unasked), replace(CONFIG, min_score=0.5))
     doubtful = [replace(nucleus, score=0.4) for nucleus in segmenter.nuclei(image)]
     assert [segmenter.segment(image, select, doubtful) for select in ("paper", "fuse", "nms")] == [[], [], []]
@@ -106,7 +123,7 @@ def test_later_scales_are_asked_only_about_refused_nuclei():
 
         return network
 
-    image, truth = drawn(np.random.default_rng(0))
+    image, truth = union_mask(np.random.default_rng(0))
     config = BundleConfig((96, 128), SCALES, (48,) * 4, (9.0, 9.0, 9.0))
     Segmenter(dark_is_nucleus, {scale: counting(scale) for scale in SCALES}, config).segment(image)
     assert list(asked.values()) == [len(truth), 0, 0, 0]
@@ -119,7 +136,7 @@ def test_a_picture_without_nuclei_has_no_cells(select):
 
 
 def test_given_nuclei_are_used_and_their_cytoplasm_is_not():
-    image, truth = drawn(np.random.default_rng(1))
+    image, truth = union_mask(np.random.default_rng(1))
     cells = SEGMENTER.segment(image, nuclei=truth)
     assert [cell.id for cell in cells] == [cell.id for cell in truth]
     assert np.diag(iou_table(truth, cells, "nucleus")).min() == 1
@@ -128,8 +145,11 @@ def test_given_nuclei_are_used_and_their_cytoplasm_is_not():
 
 
 def test_batches_do_not_matter_and_scales_stay_in_order():
-    image, truth = drawn(np.random.default_rng(2))
-    one, many = (Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), CONFIG, size).candidates(image) for size in (1, 64))
+    image, truth = union_mask(np.random.default_rng(2))
+    one, many = (
+        Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), CONFIG, size).candidates(image)
+        for size in (1, 64)
+    )
     assert [[c.scale for c in scales] for scales in one] == [list(SCALES)] * len(truth)
     for a, b in zip(chain(*one), chain(*many)):
         assert np.array_equal(a.probability, b.probability) and a.box == b.box
@@ -175,7 +195,9 @@ def test_pieces_are_those_of_one_watershed_over_the_whole_mask(seed, count):
     found, components = split_touching(mask), label(mask, connectivity=1)
     distance = cv2.GaussianBlur(cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5), (0, 0), 1)
     radii = [distance[components == number].max() for number in range(1, components.max() + 1)]
-    peaks = peak_local_max(distance, min_distance=max(1, round(0.8 * np.median(radii))), labels=components, exclude_border=False)
+    peaks = peak_local_max(
+        distance, min_distance=max(1, round(0.8 * np.median(radii))), labels=components, exclude_border=False
+    )
     seeds = np.zeros(mask.shape, int)
     seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
     expected = watershed(-distance, seeds, mask=mask)
@@ -183,12 +205,16 @@ def test_pieces_are_those_of_one_watershed_over_the_whole_mask(seed, count):
     assert np.array_equal(found > 0, mask) and found.max() == expected.max() == len(peaks)
     order = [pairs[1, pairs[0] == piece][shared[pairs[0] == piece].argmax()] for piece in range(1, len(peaks) + 1)]
     assert sorted(order) == list(range(1, len(peaks) + 1))  # one to one
-    assert sum(shared[pairs[1] == np.array([0, *order])[pairs[0]]]) > 0.98 * mask.sum()  # ties on a ridge may fall either way
+    assert (
+        sum(shared[pairs[1] == np.array([0, *order])[pairs[0]]]) > 0.98 * mask.sum()
+    )  # ties on a ridge may fall either way
 
 
 def test_split_nuclei_do_not_overlap_after_stretching():
     rows, columns = np.mgrid[:40, :60]
-    probability = np.max([1 / (1 + np.exp(np.hypot(rows - 20, columns - c) - 9)) for c in (21, 38)], 0).astype(np.float32)
+    probability = np.max([1 / (1 + np.exp(np.hypot(rows - 20, columns - c) - 9)) for c in (21, 38)], 0).astype(
+        np.float32
+    )
     assert len(find_nuclei(probability)) == 1
     a, b = find_nuclei(probability, shape=(160, 240), split=True)
     assert iou_table([a], [b])[0, 0] == 0
@@ -196,14 +222,24 @@ def test_split_nuclei_do_not_overlap_after_stretching():
     assert a.area + b.area == pytest.approx(together, rel=0.01)
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 3)), np.zeros((9, 9, 4), np.uint8), np.zeros((0, 9, 3), np.uint8), "a.png", None])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((9, 9), np.uint8),
+        np.zeros((9, 9, 3)),
+        np.zeros((9, 9, 4), np.uint8),
+        np.zeros((0, 9, 3), np.uint8),
+        "a.png",
+        None,
+    ],
+)
 def test_what_is_no_picture_is_refused(wrong):
     with pytest.raises(ValueError, match="image: .*; expected a uint8 array"):
         SEGMENTER.segment(wrong)
 
 
 def test_broken_networks_are_noticed():
-    image, truth = drawn(np.random.default_rng(1))
+    image, truth = union_mask(np.random.default_rng(1))
     with pytest.raises(ValueError, match="NaN"):
         Segmenter(lambda images: images[:, :1] * np.nan, {}, BundleConfig((96, 128))).nuclei(image)
     with pytest.raises(ValueError, match="answer of shape"):
@@ -213,7 +249,9 @@ def test_broken_networks_are_noticed():
     with pytest.raises(ValueError, match="allowed: paper, keep-all, fuse, nms"):
         SEGMENTER.segment(image, "all")
     with pytest.raises(ValueError, match="one per scale except the last"):
-        Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), BundleConfig((96, 128), SCALES, (48,) * 4)).segment(image)
+        Segmenter(
+            dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), BundleConfig((96, 128), SCALES, (48,) * 4)
+        ).segment(image)
 
 
 def test_dropout_and_batch_statistics_are_off():
@@ -221,7 +259,9 @@ def test_dropout_and_batch_statistics_are_off():
     Segmenter(network, {}, BundleConfig((8, 8)))
     assert not network.training
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8)).astype(np.uint8)
-    assert np.array_equal(ask(network, images, pixels=1)[2], ask(network, images[2:3])[0])
+    assert np.array_equal(
+        predict_probabilities(network, images, pixels=1)[2], predict_probabilities(network, images[2:3])[0]
+    )
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 4, 7, 100])
@@ -233,7 +273,9 @@ def test_mirror_images_may_fall_into_different_calls(at_once):
     scaled = torch.from_numpy(images / np.array([255, 255, 255, 1])[:, None, None]).float()
     with torch.no_grad():
         views = [network(scaled.flip(axes)).sigmoid().flip(axes) for axes in ([], [2], [3], [2, 3])]
-    found = ask(lambda batch: sizes.append(len(batch)) or network(batch), images, True, at_once * 12 * 9)
+    found = predict_probabilities(
+        lambda batch: sizes.append(len(batch)) or network(batch), images, True, at_once * 12 * 9
+    )
     assert np.allclose(found, torch.stack(views).mean(0)[:, 0], atol=1e-6)
     assert sum(sizes) == 20 and max(sizes) == min(at_once, 20)
 
@@ -245,7 +287,7 @@ def test_a_bundle_read_again_gives_the_same_cells(tmp_path):
     first.save_bundle(tmp_path / "bundle")
     again = Segmenter.from_bundle(tmp_path / "bundle")
     assert again.config == CONFIG
-    image, truth = drawn(np.random.default_rng(4))
+    image, truth = union_mask(np.random.default_rng(4))
     for a, b in zip(chain(*first.candidates(image, truth)), chain(*again.candidates(image, truth))):
         assert np.array_equal(a.probability, b.probability)
 
@@ -261,15 +303,22 @@ def test_networks_saved_to_give_probabilities_give_the_same_cells(tmp_path):
         file.write_text(json.dumps(saved), encoding="utf-8")
     assert load_network(tmp_path / "nucleus").activation == "sigmoid"
     again = load_bundle(tmp_path)
-    image, truth = drawn(np.random.default_rng(4))
-    assert [(cell.bbox, cell.area) for cell in again.nuclei(image)] == [(cell.bbox, cell.area) for cell in first.nuclei(image)]
+    image, truth = union_mask(np.random.default_rng(4))
+    assert [(cell.bbox, cell.area) for cell in again.nuclei(image)] == [
+        (cell.bbox, cell.area) for cell in first.nuclei(image)
+    ]
     for a, b in zip(chain(*first.candidates(image, truth)), chain(*again.candidates(image, truth))):
         assert np.array_equal(a.probability, b.probability)
 
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"format_version": 2}, "update segpc_nb"), ({"colour": 1}, "colour"), ({"min_score": "high"}, "min_score"), (None, "bundle.json is not valid")],
+    [
+        ({"format_version": 2}, "update segpc_nb"),
+        ({"colour": 1}, "colour"),
+        ({"min_score": "high"}, "min_score"),
+        (None, "bundle.json is not valid"),
+    ],
 )
 def test_broken_bundles_are_refused(tmp_path, change, message):
     text = json.dumps({"nucleus_size": [96, 128]} | change) if change else "{"
@@ -289,10 +338,22 @@ def test_unfinished_bundles_are_none(tmp_path):
 def test_the_crops_know_the_nucleus_as_well_as_the_picture_does():
     image, cells = make_picture(np.random.default_rng(5))
     image = np.kron(image, np.ones((4, 4, 1), np.uint8))
-    nuclei = [Cell(c.id, tuple(4 * side for side in c.bbox), np.kron(c.nucleus, np.ones((4, 4), bool)), np.zeros(np.multiply(4, c.nucleus.shape), bool)) for c in cells]
-    speck = Cell(99, (100, 100, 101, 500), np.eye(1, 400, 7, dtype=bool), np.zeros((1, 400), bool))  # nothing is left of it in its crop
+    nuclei = [
+        Cell(
+            c.id,
+            tuple(4 * side for side in c.bbox),
+            np.kron(c.nucleus, np.ones((4, 4), bool)),
+            np.zeros(np.multiply(4, c.nucleus.shape), bool),
+        )
+        for c in cells
+    ]
+    speck = Cell(
+        99, (100, 100, 101, 500), np.eye(1, 400, 7, dtype=bool), np.zeros((1, 400), bool)
+    )  # nothing is left of it in its crop
     for scale in (0.5, 2.6):
-        found = ask_regions(lambda crops: 40 * (crops[:, 3:] + 0.5 * (crops[:, 1:2] < 0.7) - 0.25), image, [*nuclei, speck], scale, 96)
+        found = predict_regions(
+            lambda crops: 40 * (crops[:, 3:] + 0.5 * (crops[:, 1:2] < 0.7) - 0.25), image, [*nuclei, speck], scale, 96
+        )
         for c in found:
             again = cell_from_probability(c.nucleus, c.box, c.probability, 0.5, c.shape, scale)
             assert c.cell.bbox == again.bbox and c.cell.score == again.score

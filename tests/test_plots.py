@@ -13,14 +13,35 @@ from matplotlib.path import Path
 from scipy import ndimage
 
 from segpc_nb.cells import Cell, cell_from_parts
-from segpc_nb.plots import CELL_COLORS, OUTLINE_COLORS, outlines, show_cells, show_history, show_masks, show_panel, show_picture, show_regions
+from segpc_nb.plots import (
+    CELL_COLORS,
+    OUTLINE_COLORS,
+    outlines,
+    show_cells,
+    show_history,
+    show_masks,
+    show_panel,
+    show_picture,
+    show_regions,
+)
 
 SHAPE = (30, 40)
 image = np.random.default_rng(0).integers(0, 256, (*SHAPE, 3), dtype=np.uint8)
 whole = np.hypot(np.arange(30)[:, None] - 8, np.arange(40) - 9) < 7
 cell = cell_from_parts(1, (0, 0, 30, 40), np.roll(whole, 1, axis=1) & whole, whole)
-crops = np.concatenate([np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8), np.ones((3, 1, 16, 16), np.uint8)], 1)
-history = pd.DataFrame({"epoch": [0, 1, 2], "train_loss": [3.0, 2, 1], "valid_loss": [3.0, 2, 2], "valid_iou": [0.1, 0.4, 0.3], "lr": [1.0, 1, 1], "seconds": [9.0, 9, 9]})
+crops = np.concatenate(
+    [np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8), np.ones((3, 1, 16, 16), np.uint8)], 1
+)
+history = pd.DataFrame(
+    {
+        "epoch": [0, 1, 2],
+        "train_loss": [3.0, 2, 1],
+        "valid_loss": [3.0, 2, 2],
+        "valid_iou": [0.1, 0.4, 0.3],
+        "lr": [1.0, 1, 1],
+        "seconds": [9.0, 9, 9],
+    }
+)
 
 DRAW = {
     "picture": lambda ax=None: show_picture(image, ax),
@@ -61,9 +82,17 @@ def test_the_same_call_gives_the_same_pixels(draw):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.tuples(st.integers(1, 20), st.integers(1, 20)), st.tuples(st.integers(-5, 30), st.integers(-5, 30)))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.tuples(st.integers(-5, 30), st.integers(-5, 30)),
+)
 def test_outlines_enclose_exactly_the_mask(seed, size, corner):
-    mask = ndimage.binary_opening(np.random.default_rng(seed).random(size) < 0.6) if seed % 2 else np.random.default_rng(seed).random(size) < 0.4
+    mask = (
+        ndimage.binary_opening(np.random.default_rng(seed).random(size) < 0.6)
+        if seed % 2
+        else np.random.default_rng(seed).random(size) < 0.4
+    )
     y, x = np.mgrid[corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]]
     points = np.stack([x.ravel(), y.ravel()], 1)
     crossings = np.zeros(mask.size, int)
@@ -88,7 +117,11 @@ def test_empty_parts_and_no_cells_are_drawn():
     for cells in ([], [Cell(1, (0, 0, 4, 4), empty, ~empty)], [Cell(1, (0, 0, 4, 4), ~empty, empty)]):
         show_cells(image, cells).figure.canvas.draw()
         show_masks(cells, SHAPE).figure.canvas.draw()
-        assert [ax.get_title() for ax in show_panel(image, cells, [])] == ["picture", f"annotation, {len(cells)} cells", "prediction, 0 cells"]
+        assert [ax.get_title() for ax in show_panel(image, cells, [])] == [
+            "picture",
+            f"annotation, {len(cells)} cells",
+            "prediction, 0 cells",
+        ]
 
 
 def test_masks_have_a_colour_per_id():
@@ -105,7 +138,10 @@ def test_outline_colours_differ_in_brightness():
     assert bright - dark > 0.6
 
 
-@pytest.mark.parametrize("wrong", [image / 255, image[..., 0], image.transpose(2, 0, 1), image.astype(np.int64), np.dstack([image, image[..., :1]])])
+@pytest.mark.parametrize(
+    "wrong",
+    [image / 255, image[..., 0], image.transpose(2, 0, 1), image.astype(np.int64), np.dstack([image, image[..., :1]])],
+)
 def test_wrong_pictures_are_refused(wrong):
     with pytest.raises(ValueError, match=r"expected uint8 \(H, W, 3\) RGB; move the channels last"):
         show_picture(wrong)
@@ -118,7 +154,14 @@ def test_panel_takes_axes():
     assert [len(ax.collections) for ax in axes] == [0, 2, 0]
 
 
-@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, lambda crops: torch.cat([torch.from_numpy(crops[:, :3]) / 255, torch.from_numpy(crops[:, 3:])], 1)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        np.asarray,
+        torch.from_numpy,
+        lambda crops: torch.cat([torch.from_numpy(crops[:, :3]) / 255, torch.from_numpy(crops[:, 3:])], 1),
+    ],
+)
 def test_regions_as_bytes_and_as_batches(kind):
     targets = np.zeros((3, 1, 16, 16), np.float32)
     targets[:, :, 4:12, 4:12] = 0.7

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segpc_nb.cells import cell_from_parts, window
-from segpc_nb.regions import CellRegions, crop_regions, match_nuclei, nucleus_box, paste_region, picture_window, region_box, resize_part, resize_window, shrink_region
+from segpc_nb.grids import paste_region, resize_image, resize_mask, shrink_image
+from segpc_nb.regions import crop_regions, nucleus_box, picture_window, region_box
+from segpc_nb.training_data import CellRegions, match_nuclei
 
 SHAPE = (40, 60)
 PICTURE = np.random.default_rng(0).integers(0, 256, (*SHAPE, 3)).astype(np.uint8)
@@ -62,8 +64,8 @@ def test_a_resized_region_keeps_place_and_size(cell, scale, size):
 def test_shrinking_is_the_mean_and_masks_are_cut_at_half(factor):
     window_ = np.random.default_rng(1).random((6 * factor, 4 * factor)).astype(np.float32)
     mean = window_.reshape(6, factor, 4, factor).mean((1, 3))
-    assert np.allclose(resize_window(window_, (6, 4)), mean, atol=1e-5)
-    assert resize_part(np.repeat(np.repeat(mean > 0.5, factor, 0), factor, 1), (6, 4)).tolist() == (mean > 0.5).tolist()
+    assert np.allclose(resize_image(window_, (6, 4)), mean, atol=1e-5)
+    assert resize_mask(np.repeat(np.repeat(mean > 0.5, factor, 0), factor, 1), (6, 4)).tolist() == (mean > 0.5).tolist()
 
 
 def shares(sides, count):
@@ -76,13 +78,19 @@ def shares(sides, count):
 @given(st.integers(8, 24), st.floats(1, 9), st.floats(1, 9))
 def test_large_regions_are_averaged_too_and_smaller_ones_exactly_as_ever(side, down, right):
     rows, columns = np.mgrid[: int(side * down), : int(side * right)]
-    region = np.stack([128 + 120 * np.sin(rows / 19) * np.cos(columns / 23 + phase) for phase in range(3)], 2).round().astype(np.uint8)
-    crop = shrink_region(region, (side, side))
+    region = (
+        np.stack([128 + 120 * np.sin(rows / 19) * np.cos(columns / 23 + phase) for phase in range(3)], 2)
+        .round()
+        .astype(np.uint8)
+    )
+    crop = shrink_image(region, (side, side))
     assert (crop.shape, crop.dtype) == ((side, side, 3), np.uint8)
     if min(region.shape[:2]) < 4 * side:
-        assert np.array_equal(crop, resize_window(region, (side, side)))
+        assert np.array_equal(crop, resize_image(region, (side, side)))
     else:
-        mean = np.einsum("ih,hwc,jw->ijc", shares(region.shape[0], side), region, shares(region.shape[1], side), optimize=True)
+        mean = np.einsum(
+            "ih,hwc,jw->ijc", shares(region.shape[0], side), region, shares(region.shape[1], side), optimize=True
+        )
         away = np.abs(crop - mean)
         assert away[:-1, :-1].mean() < 0.7 and away[:-1, :-1].max() < 3
         assert away.max() < 16  # the last row and column lack up to 3 px of 8
@@ -92,9 +100,9 @@ def test_large_regions_are_averaged_too_and_smaller_ones_exactly_as_ever(side, d
 def test_halving_changes_no_more_than_rounding_where_pixels_fit(factor):
     region = np.random.default_rng(2).integers(0, 256, (20 * factor, 16 * factor, 3)).astype(np.uint8)
     mean = region.reshape(20, factor, 16, factor, 3).mean((1, 3))
-    assert np.abs(shrink_region(region, (20, 16)) - mean).max() < 0.5 * np.log2(factor) + 0.5
+    assert np.abs(shrink_image(region, (20, 16)) - mean).max() < 0.5 * np.log2(factor) + 0.5
     half = np.repeat(np.repeat(mean[..., 0] > 128, factor, 0), factor, 1)
-    assert np.array_equal(resize_part(half, (20, 16)), mean[..., 0] > 128)
+    assert np.array_equal(resize_mask(half, (20, 16)), mean[..., 0] > 128)
 
 
 def test_the_nucleus_decides_the_region_not_the_cell():
@@ -115,7 +123,9 @@ def disc(id, row, column, radius, rim):
 
 def samples():
     truth = {"1": [disc(1, 12, 12, 5, 4), disc(2, 30, 45, 6, 5)], "2": [disc(1, 38, 2, 5, 4)], "3": []}
-    return [SimpleNamespace(id=id, image=lambda: PICTURE, cells=lambda cells=cells: cells) for id, cells in truth.items()]
+    return [
+        SimpleNamespace(id=id, image=lambda: PICTURE, cells=lambda cells=cells: cells) for id, cells in truth.items()
+    ]
 
 
 def test_items_hold_the_whole_cell_or_nothing():
@@ -128,20 +138,28 @@ def test_items_hold_the_whole_cell_or_nothing():
         assert crop.dtype == target.dtype == torch.float32
         assert 0 <= crop.min() and crop.max() <= 1 and set(target.unique().tolist()) <= {0.0, 1.0}
     whole = window(samples()[0].cells()[0], region_box(nucleus_box(nuclei["1"][0]), 1.75))
-    assert torch.equal(regions[0][1][0] > 0, torch.from_numpy(resize_part(whole[0] | whole[1], (32, 32))))
+    assert torch.equal(regions[0][1][0] > 0, torch.from_numpy(resize_mask(whole[0] | whole[1], (32, 32))))
 
 
 def test_missed_cells_join_with_their_true_nuclei():
-    nuclei = {"1": [disc(1, 12, 14, 5, 0), disc(2, 10, 50, 4, 0)]}  # cell 2 of picture 1 and the cell of picture 2 are missed
+    nuclei = {
+        "1": [disc(1, 12, 14, 5, 0), disc(2, 10, 50, 4, 0)]
+    }  # cell 2 of picture 1 and the cell of picture 2 are missed
     regions = CellRegions(samples(), nuclei, 1.75, 32, missed=True)
     assert [bool(target.any()) for _, target in regions] == [True, False, True, True]
     true = CellRegions(samples(), None, 1.75, 32)
-    assert all(torch.equal(a, b) for mine, theirs in zip((regions[2], regions[3]), (true[1], true[2])) for a, b in zip(mine, theirs))
+    assert all(
+        torch.equal(a, b)
+        for mine, theirs in zip((regions[2], regions[3]), (true[1], true[2]))
+        for a, b in zip(mine, theirs)
+    )
 
 
 def test_transform_moves_picture_nucleus_and_target_together():
     plain = CellRegions(samples(), None, 1.75, 32, margin=0.25, transform=lambda *both: both)
-    flipped = CellRegions(samples(), None, 1.75, 32, margin=0.25, transform=lambda image, mask: (image.flip(-1), mask.flip(-1)))
+    flipped = CellRegions(
+        samples(), None, 1.75, 32, margin=0.25, transform=lambda image, mask: (image.flip(-1), mask.flip(-1))
+    )
     assert len(plain) == 3
     for (crop, target), (other, target_flipped) in zip(plain, flipped):
         assert torch.equal(crop.flip(-1), other) and torch.equal(target.flip(-1), target_flipped)

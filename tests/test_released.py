@@ -14,7 +14,6 @@ from scipy import ndimage
 
 from segpc_nb.aggregation import RELEASED_LIMITS
 from segpc_nb.cells import Cell, mask_from_cell
-from segpc_nb.exports import submission_lines
 from segpc_nb.released import (
     ReleasedSegmenter,
     clean_mask,
@@ -28,6 +27,7 @@ from segpc_nb.released import (
     released_nuclei,
     released_region,
 )
+from segpc_nb.submission import submission_lines
 
 GOLDEN = Path(__file__).parent.parent.parent / "shared" / "keras" / "golden"
 SCALES = (0.5, 1.75, 2.6, 3.0)
@@ -106,7 +106,7 @@ def test_everything_is_as_the_unmodified_code_has_it(golden_image, mode, limit):
     for scale, limits in zip(golden["scales"].tolist(), golden["thresholds"].tolist()):
         assert RELEASED_LIMITS[scale] == tuple(limits)
         regions = segmenter.regions(stained, nuclei, scale)
-        answers = segmenter.ask_regions(regions)
+        answers = segmenter.predict_regions(regions)
         cells = [released_cell(region, answer) for region, answer in zip(regions, answers)]
 
         def expected(name, prefix=f"sc{scale:.2f}_"):
@@ -118,7 +118,9 @@ def test_everything_is_as_the_unmodified_code_has_it(golden_image, mode, limit):
         assert [region.shift for region in regions] == [*map(tuple, expected("shift").tolist())]
         assert [zlib.crc32(region.crop.tobytes()) for region in regions] == expected("netin_crc32").tolist()
         assert [[top, bottom, left, right] for top, left, bottom, right in contents] == expected("net_bbox").tolist()
-        for answer, (top, left, bottom, right), mask in zip(answers, contents, unpacked(expected("net_mask_bits"), contents)):
+        for answer, (top, left, bottom, right), mask in zip(
+            answers, contents, unpacked(expected("net_mask_bits"), contents)
+        ):
             assert np.array_equal(released_mask(answer)[top:bottom, left:right], mask)
         parts = (unpacked(expected(f"{name}_bits"), boxes) for name in ("nucleus", "mask40", "mask20"))
         for nucleus, cell, box, full, mask40, mask20 in zip(nuclei, cells, boxes, *parts):
@@ -127,7 +129,9 @@ def test_everything_is_as_the_unmodified_code_has_it(golden_image, mode, limit):
             assert np.array_equal(mask_from_cell(nucleus, shape)[here] > 0, full)
             assert np.array_equal(drawn[here] == 40, mask40) and np.array_equal(drawn[here] == 20, mask20)
             assert np.count_nonzero(drawn) == mask40.sum() + mask20.sum()
-        assert [[np.count_nonzero(cell.nucleus), np.count_nonzero(cell.cytoplasm)] for cell in cells] == expected("pixels_40_20").tolist()
+        assert [[np.count_nonzero(cell.nucleus), np.count_nonzero(cell.cytoplasm)] for cell in cells] == expected(
+            "pixels_40_20"
+        ).tolist()
         assert [cell.ratio for cell in cells] == expected("ratio").tolist()
         assert [plausible(cell) for cell in cells] == expected("kept").tolist()
         kept += [(cell.id, cell.scale) for cell in cells if plausible(cell)]
@@ -173,7 +177,9 @@ def test_nuclei_are_stretched_masks_in_raster_order():
         probability[disc((800, 800), row, column, radius)] = 0.51
     nuclei = released_nuclei(probability, (768, 1020))
     assert [nucleus.id for nucleus in nuclei] == [1, 2, 3, 4]  # 69 pixels are too few, 109 are not
-    centres = [np.add(np.argwhere(nucleus.nucleus).mean(0), nucleus.bbox[:2]) * (800 / 768, 800 / 1020) for nucleus in nuclei]
+    centres = [
+        np.add(np.argwhere(nucleus.nucleus).mean(0), nucleus.bbox[:2]) * (800 / 768, 800 / 1020) for nucleus in nuclei
+    ]
     assert np.allclose(centres, [(100, 300), (380, 600), (400, 100), (600, 300)], atol=1)
     tops = [(nucleus.bbox[0], nucleus.bbox[1] + nucleus.nucleus[0].argmax()) for nucleus in nuclei]
     assert tops == sorted(tops)
@@ -225,7 +231,9 @@ def test_the_fourth_channel_is_this_nucleus_alone():
     nucleus = nucleus_at((120, 160), 60, 80, 20)
     region = released_region(picture((120, 160)), nucleus, 1.75, 64)
     assert set(np.unique(region.crop[..., 3])) == {0, 255} and region.crop.shape == (64, 64, 4)
-    assert np.count_nonzero(region.crop[..., 3]) / 64**2 == pytest.approx(nucleus.area / np.prod(region.canvas), rel=0.05)
+    assert np.count_nonzero(region.crop[..., 3]) / 64**2 == pytest.approx(
+        nucleus.area / np.prod(region.canvas), rel=0.05
+    )
 
 
 def test_the_biggest_piece_is_taken_before_the_nucleus_joins():
@@ -294,6 +302,8 @@ def test_all_scales_see_256_unless_told_otherwise():
         return above(torch.from_numpy(disc((800, 800), 400, 400, 50))[None, None])
 
     for size, sizes in ((256, [256] * 4), (384, [256, 384, 384, 384])):
-        cells = ReleasedSegmenter(one_nucleus, {scale: watching(scale) for scale in SCALES}, large_size=size).segment(image)
+        cells = ReleasedSegmenter(one_nucleus, {scale: watching(scale) for scale in SCALES}, large_size=size).segment(
+            image
+        )
         assert list(seen.values()) == sizes
         assert [cell.scale for cell in cells] == [0.5]  # a nucleus alone is too little for the others

@@ -20,7 +20,12 @@ def smears():
     for seed in (3, 4):
         image, cells = make_picture(np.random.default_rng(seed))
         truth[str(seed)] = cells
-        predicted = [cell_from_parts(c.id, c.bbox, c.nucleus, c.mask, image.shape[:2], scale=(0.5, 1.75)[i % 2], score=0.4 + 0.1 * i) for i, c in enumerate(cells[:-1])]
+        predicted = [
+            cell_from_parts(
+                c.id, c.bbox, c.nucleus, c.mask, image.shape[:2], scale=(0.5, 1.75)[i % 2], score=0.4 + 0.1 * i
+            )
+            for i, c in enumerate(cells[:-1])
+        ]
         found.append((str(seed), image, predicted))
     return found, truth
 
@@ -39,7 +44,10 @@ def page(tmp_path_factory):
         tab.trouble = []
         tab.on("pageerror", lambda error: tab.trouble.append(str(error)))
         tab.on("console", lambda message: tab.trouble.append(message.text) if message.type == "error" else None)
-        tab.on("request", lambda request: tab.trouble.append(request.url) if not request.url.startswith(("file:", "data:")) else None)
+        tab.on(
+            "request",
+            lambda request: tab.trouble.append(request.url) if not request.url.startswith(("file:", "data:")) else None,
+        )
         tab.goto(path.as_uri())
         yield tab
         assert tab.trouble == []
@@ -54,7 +62,12 @@ def test_everything_is_there(page):
     found, truth = smears()
     count = sum(len(cells) for *_, cells in found)
     assert page.title() == page.locator("h1").inner_text() == "<b>Tom & Jerry</b>"
-    assert visible(page, ".pictures .whole") == visible(page, ".pictures .nucleus") == page.locator("#cells tbody tr").count() == count
+    assert (
+        visible(page, ".pictures .whole")
+        == visible(page, ".pictures .nucleus")
+        == page.locator("#cells tbody tr").count()
+        == count
+    )
     assert visible(page, ".pictures .truth") == 0
     assert page.locator(".pictures img").count() == 2 and page.locator("#plots rect").count() > 10
     official = float(page.locator("#scores td").nth(1).inner_text())
@@ -75,15 +88,30 @@ def test_switches(page):
     page.check("#only-uncertain")
     assert visible(page, ".pictures .whole") == 4  # 0.4 and 0.5, in both pictures
     page.uncheck("#only-uncertain")
-    colors = {page.locator(".pictures .whole").nth(i).evaluate("node => getComputedStyle(node).stroke") for i in range(2)}
+    colors = {
+        page.locator(".pictures .whole").nth(i).evaluate("node => getComputedStyle(node).stroke") for i in range(2)
+    }
     page.check("#by-scale")
-    assert len(colors) == 1 and len({page.locator(".pictures .whole").nth(i).evaluate("node => getComputedStyle(node).stroke") for i in range(2)}) == 2
+    assert (
+        len(colors) == 1
+        and len(
+            {
+                page.locator(".pictures .whole").nth(i).evaluate("node => getComputedStyle(node).stroke")
+                for i in range(2)
+            }
+        )
+        == 2
+    )
     page.uncheck("#by-scale")
 
 
 def test_rows_and_cells_point_at_each_other(page):
     page.locator("#cells tbody tr").nth(2).click()
-    assert page.locator("g.chosen").get_attribute("data-key") == page.locator("#cells tr.chosen").get_attribute("data-key") == "3_3"
+    assert (
+        page.locator("g.chosen").get_attribute("data-key")
+        == page.locator("#cells tr.chosen").get_attribute("data-key")
+        == "3_3"
+    )
     page.locator('.pictures g[data-key="4_1"] .whole').click()
     assert page.locator("#cells tr.chosen").get_attribute("data-key") == "4_1"
     page.locator("#worst figure").first.click()

@@ -16,7 +16,9 @@ def official():
     samples = list_samples()
     if len(samples) != 298:
         pytest.skip("SEGPC_DATA is not the official training set")
-    return {sample.id: sample.cells() for sample in samples}, {sample.id: sample.image().shape[:2] for sample in samples}
+    return {sample.id: sample.cells() for sample in samples}, {
+        sample.id: sample.image().shape[:2] for sample in samples
+    }
 
 
 @with_data
@@ -38,7 +40,9 @@ def test_oracles_of_the_official_annotation(official):
 @with_data
 def test_ratios_of_the_official_annotation(official):
     ratios = area_ratios(official[0])
-    assert np.quantile(ratios, [0.01, 0.05, 0.25, 0.5, 0.75, 0.95]) == pytest.approx([0.07, 0.43, 1.07, 1.34, 1.64, 2.31], abs=0.03)
+    assert np.quantile(ratios, [0.01, 0.05, 0.25, 0.5, 0.75, 0.95]) == pytest.approx(
+        [0.07, 0.43, 1.07, 1.34, 1.64, 2.31], abs=0.03
+    )
     assert len(histogram_peaks(*ratio_histogram(ratios))) < 4  # not the four peaks of figure 5
 
 

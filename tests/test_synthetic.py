@@ -7,14 +7,19 @@ import os
 import numpy as np
 import pytest
 
+from segpc_nb.baselines import otsu_watershed
 from segpc_nb.cells import intersections
 from segpc_nb.dataset import check_samples, list_samples, split_holdout
-from segpc_nb.synthetic import CAMERAS, KINDS, default_data, draw_kind, make_dataset, make_picture, otsu_watershed
+from segpc_nb.synthetic import CAMERAS, KINDS, default_data, draw_kind, make_dataset, make_picture
 
 
 def digest(folder):
     "Hash of every file below a folder."
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,9 @@ def test_the_set_is_clean_and_has_the_official_habits(smears):
     assert check_samples(samples).empty
     assert {sample.image().shape[:2] for sample in samples} == set(CAMERAS.values())
     assert {int(sample.id) < 1000 for sample in samples} == {True, False}
-    assert any([cell.id for cell in sample.cells()] != list(range(1, len(sample.cells()) + 1)) for sample in samples)  # gaps
+    assert any(
+        [cell.id for cell in sample.cells()] != list(range(1, len(sample.cells()) + 1)) for sample in samples
+    )  # gaps
     kept, holdout = split_holdout(list_samples(smears))
     assert kept and holdout
 
@@ -94,7 +101,11 @@ def test_cells_overlap_and_leave_the_picture_somewhere():
     tables = [intersections(cells, cells) for cells in fields if len(cells) > 1]
     assert sum(int((np.triu(table, 1) > 0).sum()) for table in tables) > 0
     height, width = CAMERAS["olympus"]
-    assert any(cell.bbox[0] == 0 or cell.bbox[1] == 0 or cell.bbox[2] == height or cell.bbox[3] == width for cells in fields for cell in cells)
+    assert any(
+        cell.bbox[0] == 0 or cell.bbox[1] == 0 or cell.bbox[2] == height or cell.bbox[3] == width
+        for cells in fields
+        for cell in cells
+    )
 
 
 def test_thresholds_find_too_many():
@@ -106,7 +117,10 @@ def test_default_data_is_kept_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("SEGPC_DATA", raising=False)
     root = default_data(3, 1)
-    assert root.is_relative_to(tmp_path) and json.loads((root / "synthetic.json").read_text(encoding="utf-8")) == {"pictures": 3, "seed": 1}
+    assert root.is_relative_to(tmp_path) and json.loads((root / "synthetic.json").read_text(encoding="utf-8")) == {
+        "pictures": 3,
+        "seed": 1,
+    }
     before = os.stat(root / "synthetic.json").st_mtime_ns
     assert default_data(3, 1) == root and os.stat(root / "synthetic.json").st_mtime_ns == before
 

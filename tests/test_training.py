@@ -21,13 +21,13 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from segpc_nb.augmentation import region_augmentation
 from segpc_nb.checkpoints import load_checkpoint, save_checkpoint
 from segpc_nb.config import PRESETS, TrainConfig
+from segpc_nb.hardware import resolve_precision
 from segpc_nb.losses import dice_loss, segmentation_loss
-from segpc_nb.machine import precision_here
 from segpc_nb.models import build_network
 from segpc_nb.training import epochs_since_best, fit, learning_rate
+from segpc_nb.training_data import region_augmentation
 
 
 class Blobs(Dataset):
@@ -58,7 +58,10 @@ TINY = TrainConfig(network={}, size=(16, 16), epochs=4, batch_size=4, lr=1e-2)
 
 def test_cross_entropy_and_dice_equal_independent_implementations():
     generator = torch.Generator().manual_seed(0)
-    logits, target = torch.randn(3, 1, 8, 8, generator=generator), (torch.rand(3, 1, 8, 8, generator=generator) > 0.5).float()
+    logits, target = (
+        torch.randn(3, 1, 8, 8, generator=generator),
+        (torch.rand(3, 1, 8, 8, generator=generator) > 0.5).float(),
+    )
     probability = logits.sigmoid().double().numpy()
     truth = target.double().numpy()
     by_hand = -(truth * np.log(probability) + (1 - truth) * np.log(1 - probability)).mean()
@@ -87,7 +90,9 @@ def test_plateau_equals_torch(schedule):
 
 
 def test_early_stopping_and_best_weights(tmp_path):
-    history = fit(tiny(), Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), replace(TINY, epochs=30, lr=1e-9, patience=3), tmp_path)
+    history = fit(
+        tiny(), Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), replace(TINY, epochs=30, lr=1e-9, patience=3), tmp_path
+    )
     assert len(history) < 30
     best = load_checkpoint(tmp_path / "best.pt")
     assert best["epoch"] == history.valid_iou.idxmax()
@@ -144,7 +149,9 @@ except KeyboardInterrupt:
 
 def with_dropout():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(4, 1, 1))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(4, 1, 1)
+    )
 
 
 CONFIGS = {
@@ -169,13 +176,20 @@ ON_CPU = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 
 def finish(script, folder, name, *launcher, workers=0):
     "A fast run, from where the folder stands to the end."
-    subprocess.run([sys.executable, *launcher, script, folder, name, "0", str(workers)], check=True, env=ON_CPU, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, *launcher, script, folder, name, "0", str(workers)],
+        check=True,
+        env=ON_CPU,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def begin(script, folder, name, *launcher, workers=0):
     "A slow run in processes of its own, at the moment its training starts, and the process of its last rank."
     words = [sys.executable, *launcher, script, folder, name, "0.4", str(workers)]
-    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ON_CPU, start_new_session=True)
+    run = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ON_CPU, start_new_session=True
+    )
     ranks = dict(run.stdout.readline().split()[1:] for _ in range(2 if launcher else 1))
     return run, int(ranks[max(ranks)])
 
@@ -189,14 +203,26 @@ def steps_before(run, count):
 def same_state(a, b):
     "Whether two runs ended with the same bits: weights, moments, average, history but for its times."
     a, b = (load_checkpoint(folder / "latest.pt") for folder in (a, b))
-    histories = [[{name: value for name, value in row.items() if "seconds" not in name} for row in state["progress"]["history"]] for state in (a, b)]
-    moments = [[value for moment in state["optimizer"]["state"].values() for value in moment.values()] for state in (a, b)]
-    tensors = [[*state["network"].values(), *state.get("average", {}).values(), *values] for state, values in zip((a, b), moments)]
+    histories = [
+        [{name: value for name, value in row.items() if "seconds" not in name} for row in state["progress"]["history"]]
+        for state in (a, b)
+    ]
+    moments = [
+        [value for moment in state["optimizer"]["state"].values() for value in moment.values()] for state in (a, b)
+    ]
+    tensors = [
+        [*state["network"].values(), *state.get("average", {}).values(), *values]
+        for state, values in zip((a, b), moments)
+    ]
     return histories[0] == histories[1] and all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
 
 
-@pytest.mark.parametrize(("name", "number", "workers"), [("dropout", signal.SIGTERM, 2), ("accumulated", signal.SIGINT, 0)])
-def test_a_stopped_run_saves_in_the_middle_of_an_epoch_and_resumes_to_the_same_bits(name, number, workers, script, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "number", "workers"), [("dropout", signal.SIGTERM, 2), ("accumulated", signal.SIGINT, 0)]
+)
+def test_a_stopped_run_saves_in_the_middle_of_an_epoch_and_resumes_to_the_same_bits(
+    name, number, workers, script, tmp_path
+):
     finish(script, tmp_path / "whole", name)
     stopped, _ = begin(script, tmp_path / "stopped", name, workers=workers)
     steps_before(stopped, 8)
@@ -256,7 +282,12 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path):
         """),
         encoding="utf-8",
     )
-    subprocess.run([sys.executable, *TORCHRUN, path, tmp_path / "two", "two processes"], check=True, capture_output=True, env=ON_CPU)
+    subprocess.run(
+        [sys.executable, *TORCHRUN, path, tmp_path / "two", "two processes"],
+        check=True,
+        capture_output=True,
+        env=ON_CPU,
+    )
     subprocess.run([sys.executable, path, tmp_path / "one", "one process"], check=True, capture_output=True, env=ON_CPU)
     two, one = (pd.read_csv(tmp_path / name / "history.csv") for name in ("two", "one"))
     for column in ("train_loss", "valid_loss", "valid_iou"):
@@ -292,7 +323,9 @@ class Broken(Blobs):
 def test_a_loss_that_is_no_number_is_refused_and_the_checkpoint_kept(tmp_path):
     fit(tiny(), Blobs(8, 3, (16, 16)), None, replace(TINY, epochs=1), tmp_path)
     longer = replace(TINY, epochs=2)
-    save_checkpoint(tmp_path / "latest.pt", load_checkpoint(tmp_path / "latest.pt") | {"config": json.dumps(asdict(longer))})
+    save_checkpoint(
+        tmp_path / "latest.pt", load_checkpoint(tmp_path / "latest.pt") | {"config": json.dumps(asdict(longer))}
+    )
     before = (tmp_path / "latest.pt").read_bytes()
     with pytest.raises(ValueError, match=r"the loss of epoch 1 is nan.*clip_norm"):
         fit(tiny(), Broken(8, 3, (16, 16)), None, longer, tmp_path)
@@ -307,7 +340,9 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"latest.pt: not written .*No space left on device.*; the checkpoint before it is kept"):
+    with pytest.raises(
+        OSError, match=r"latest.pt: not written .*No space left on device.*; the checkpoint before it is kept"
+    ):
         save_checkpoint(tmp_path / "latest.pt", {"epoch": 2})
     assert load_checkpoint(tmp_path / "latest.pt") == {"epoch": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["latest.pt"]
@@ -335,7 +370,9 @@ def test_resume_never_starts_over_and_nonsense_is_refused(tmp_path):
 def test_bf16_and_back_in_one_session(tmp_path):
     half = fit(tiny(), Blobs(8, 3, (16, 16)), None, replace(TINY, mixed_precision="bf16"), tmp_path / "half")
     full = fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path / "full")
-    assert half.train_loss.iloc[0] == pytest.approx(full.train_loss.iloc[0], rel=0.02) and not np.array_equal(half.train_loss, full.train_loss)
+    assert half.train_loss.iloc[0] == pytest.approx(full.train_loss.iloc[0], rel=0.02) and not np.array_equal(
+        half.train_loss, full.train_loss
+    )
 
 
 def test_tensorboard_gets_the_numbers(tmp_path):
@@ -366,19 +403,26 @@ def test_mlflow_gets_the_numbers(tmp_path, monkeypatch):
 def test_compiled_training_is_the_same_within_rounding(tmp_path):
     networks = tiny(), tiny()
     plain = fit(networks[0], Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), TINY, tmp_path / "plain")
-    compiled = fit(networks[1], Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), replace(TINY, compiled=True), tmp_path / "compiled")
+    compiled = fit(
+        networks[1], Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), replace(TINY, compiled=True), tmp_path / "compiled"
+    )
     assert compiled.train_loss.tolist() == pytest.approx(plain.train_loss.tolist(), abs=1e-4)
     assert networks[0].state_dict().keys() == networks[1].state_dict().keys()
-    again = fit(tiny(), Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), replace(TINY, compiled=True), tmp_path / "compiled")  # is finished: only read
+    again = fit(
+        tiny(), Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), replace(TINY, compiled=True), tmp_path / "compiled"
+    )  # is finished: only read
     assert again.train_loss.tolist() == compiled.train_loss.tolist()
 
 
-@pytest.mark.parametrize(("able", "expected"), [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True, "amx_bf16": False}, "bf16"), ({"avx2": True}, "no")])
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True, "amx_bf16": False}, "bf16"), ({"avx2": True}, "no")],
+)
 def test_precision_follows_the_processor(able, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    assert precision_here("auto") == expected
-    assert precision_here("bf16") == "bf16"
+    assert resolve_precision("auto") == expected
+    assert resolve_precision("bf16") == "bf16"
 
 
 def test_region_augmentation_moves_image_and_masks_together():
@@ -399,7 +443,13 @@ def two_steps(config, channels, batch_size, tmp_path):
     "Two optimiser steps with the preset's network, size and step size."
     network = build_network(**config.network)
     before = {name: tensor.clone() for name, tensor in network.named_parameters()}
-    history = fit(network, Blobs(2 * batch_size, channels, config.size), None, replace(config, batch_size=batch_size, epochs=1), tmp_path)
+    history = fit(
+        network,
+        Blobs(2 * batch_size, channels, config.size),
+        None,
+        replace(config, batch_size=batch_size, epochs=1),
+        tmp_path,
+    )
     assert np.isfinite(history.train_loss).all()
     changed = [name for name, tensor in network.named_parameters() if not torch.equal(tensor.cpu(), before[name])]
     assert len(changed) > 0.9 * len(before)

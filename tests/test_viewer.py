@@ -21,7 +21,18 @@ from PIL import Image
 from segpc_nb.aggregation import select_by_ratio
 from segpc_nb.cells import cell_from_parts
 from segpc_nb.images import write_image
-from segpc_nb.looks import LAYERS, Remembering, explain, inner_point, nucleus_at, remembering, retuned, scale_table, show_layers, take_look
+from segpc_nb.inspection import (
+    LAYERS,
+    CachedNetwork,
+    explain,
+    inner_point,
+    inspect,
+    nucleus_at,
+    scale_table,
+    show_layers,
+    with_cached_networks,
+    with_config,
+)
 from segpc_nb.models import build_network
 from segpc_nb.pipeline import BundleConfig, Segmenter, load_bundle, save_bundle
 from segpc_nb.viewer import Viewer, draw_png, pyramid_html, threshold_sliders, tuned_config
@@ -67,13 +78,17 @@ def asked(segmenter, monkeypatch):
     notes = []
 
     def noting(name, network):
-        def ask(batch):
+        def predict_probabilities(batch):
             notes.append((name, len(batch)))
             return network(batch)
 
-        return ask
+        return predict_probabilities
 
-    counting = Segmenter(noting("nucleus", segmenter.nucleus_network), {scale: noting(scale, segmenter.cell_networks[scale]) for scale in SCALES}, CONFIG)
+    counting = Segmenter(
+        noting("nucleus", segmenter.nucleus_network),
+        {scale: noting(scale, segmenter.cell_networks[scale]) for scale in SCALES},
+        CONFIG,
+    )
     return counting, notes
 
 
@@ -87,14 +102,17 @@ def same(a, b):
 
 def test_remembering_changes_nothing(segmenter):
     image = smear()
-    patient = remembering(segmenter)
-    for config in (CONFIG, BundleConfig((60, 80), SCALES, (32, 32, 32), (0.2, 0.5), cell_threshold=0.7, nucleus_threshold=0.3, flips=True)):
+    patient = with_cached_networks(segmenter)
+    for config in (
+        CONFIG,
+        BundleConfig((60, 80), SCALES, (32, 32, 32), (0.2, 0.5), cell_threshold=0.7, nucleus_threshold=0.3, flips=True),
+    ):
         for _ in range(2):
-            assert same(retuned(patient, config).segment(image), retuned(segmenter, config).segment(image))
+            assert same(with_config(patient, config).segment(image), with_config(segmenter, config).segment(image))
 
 
 def test_crops_of_other_shapes_and_repeated_crops_are_told_apart():
-    network = Remembering(lambda batch: batch[:, :1] * batch.shape[-1])
+    network = CachedNetwork(lambda batch: batch[:, :1] * batch.shape[-1])
     tall, wide = torch.ones(1, 3, 8, 2), torch.ones(1, 3, 2, 8)
     assert network(tall).shape == (1, 1, 8, 2) and network(wide).shape == (1, 1, 2, 8) and network(wide).max() == 8
     twice = torch.cat([wide, 2 * wide, wide])
@@ -102,34 +120,47 @@ def test_crops_of_other_shapes_and_repeated_crops_are_told_apart():
 
 
 def test_an_answer_larger_than_the_room_is_given_and_not_kept():
-    network = Remembering(lambda batch: batch[:, :1], room=10)
+    network = CachedNetwork(lambda batch: batch[:, :1], room=10)
     assert torch.equal(network(torch.ones(2, 3, 4, 4)), torch.ones(2, 1, 4, 4)) and not network.answers
 
 
 def test_a_network_on_a_device_is_found_through_its_memory(segmenter):
-    assert next(Remembering(segmenter.nucleus_network).parameters()).device.type == "cpu"
+    assert next(CachedNetwork(segmenter.nucleus_network).parameters()).device.type == "cpu"
 
 
 def test_the_look_is_what_the_pipeline_gives(segmenter):
-    look = take_look(segmenter, smear(), (45, 35))
-    assert same(look.cells, segmenter.segment(smear())) and len(look.cells) == 3 and look.chosen.id == nucleus_at(look.nuclei, (44, 36)).id
+    look = inspect(segmenter, smear(), (45, 35))
+    assert (
+        same(look.cells, segmenter.segment(smear()))
+        and len(look.cells) == 3
+        and look.chosen.id == nucleus_at(look.nuclei, (44, 36)).id
+    )
     (cell,) = select_by_ratio([look.candidates], CONFIG.upper_ratios)
     table = scale_table(look.candidates, CONFIG)
     assert table.scale[table.picked].tolist() == [cell.scale] and table.picked.sum() == 1
     assert f"scale {cell.scale} is picked" in explain(look)
-    assert table.accepted.tolist() == [candidate.cell.ratio <= limit for candidate, limit in zip(look.candidates, (0.8, 4.0, np.inf))]
+    assert table.accepted.tolist() == [
+        candidate.cell.ratio <= limit for candidate, limit in zip(look.candidates, (0.8, 4.0, np.inf))
+    ]
 
 
 def test_reasons(segmenter):
     image = smear()
 
     def told(**change):
-        values = {"nucleus_size": (60, 80), "scales": SCALES, "region_sizes": (32, 32, 32), "upper_ratios": (0.8, 4.0)} | change
-        return explain(take_look(retuned(segmenter, BundleConfig(**values)), image, (45, 35)))
+        values = {
+            "nucleus_size": (60, 80),
+            "scales": SCALES,
+            "region_sizes": (32, 32, 32),
+            "upper_ratios": (0.8, 4.0),
+        } | change
+        return explain(inspect(with_config(segmenter, BundleConfig(**values)), image, (45, 35)))
 
     assert "because it is the lowest" in told() and "Refused before: 0.5 (" in told()
     assert "scale 0.5 is picked" in told(upper_ratios=(50, 50)) and "Refused" not in told(upper_ratios=(50, 50))
-    assert "scale 3.0 is picked, because it is the last one" in told(upper_ratios=(-1, -1)) and "1.75 (" in told(upper_ratios=(-1, -1))
+    assert "scale 3.0 is picked, because it is the last one" in told(upper_ratios=(-1, -1)) and "1.75 (" in told(
+        upper_ratios=(-1, -1)
+    )
     assert "is not reported" in told(min_score=1.0) and "is not reported" not in told()
     assert told(nucleus_threshold=1.0) == "No nucleus is above the nucleus threshold of 1.00."
 
@@ -141,18 +172,24 @@ def test_the_nucleus_of_a_place():
     other = cell_from_parts(2, (30, 30, 50, 50), ring, np.zeros((20, 20), bool))
     row, column = inner_point(crescent)
     assert crescent.nucleus[row - crescent.bbox[0], column - crescent.bbox[1]]
-    assert nucleus_at([crescent, other], (29, 29)) is other and nucleus_at([crescent, other], (-5, -5)) is crescent and nucleus_at([crescent, other], None) is crescent
+    assert (
+        nucleus_at([crescent, other], (29, 29)) is other
+        and nucleus_at([crescent, other], (-5, -5)) is crescent
+        and nucleus_at([crescent, other], None) is crescent
+    )
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layer_draws_something(segmenter, layer):
-    look = take_look(segmenter, smear())
-    bare, drawn = (pixels(draw_png(lambda ax: show_layers(look, layers, ax), (60, 80), 240)) for layers in ((), (layer,)))
+    look = inspect(segmenter, smear())
+    bare, drawn = (
+        pixels(draw_png(lambda ax: show_layers(look, layers, ax), (60, 80), 240)) for layers in ((), (layer,))
+    )
     assert bare.shape == drawn.shape == (180, 240, 3) and (bare != drawn).any()
 
 
 def test_a_picture_without_nuclei(segmenter):
-    look = take_look(segmenter, np.full((60, 80, 3), 230, np.uint8))
+    look = inspect(segmenter, np.full((60, 80, 3), 230, np.uint8))
     assert (look.nuclei, look.cells, look.chosen, pyramid_html(look)) == ([], [], None, "")
     assert pixels(draw_png(lambda ax: show_layers(look, LAYERS, ax), (60, 80), 80)).min() == 230
 
@@ -164,22 +201,39 @@ def test_sliders_hold_numbers_beyond_the_usual():
 
 def test_widgets_are_wired(asked):
     segmenter, notes = asked
-    viewer = Viewer(segmenter, {"a": smear(), "b": smear(((30, 40, 12),)), "empty": np.full((60, 80, 3), 230, np.uint8)}, side=300)
-    assert viewer.nucleus.options == (1, 2, 3) and "Nucleus 1:" in viewer.sentence.value and viewer.pyramid.value.count("<figure") == 3
+    viewer = Viewer(
+        segmenter, {"a": smear(), "b": smear(((30, 40, 12),)), "empty": np.full((60, 80, 3), 230, np.uint8)}, side=300
+    )
+    assert (
+        viewer.nucleus.options == (1, 2, 3)
+        and "Nucleus 1:" in viewer.sentence.value
+        and viewer.pyramid.value.count("<figure") == 3
+    )
     seen = {name: getattr(viewer, name).value for name in ("picture", "sentence", "pyramid")}
     viewer.nucleus.value = 3
-    assert all(getattr(viewer, name).value != value for name, value in seen.items()) and "Nucleus 3:" in viewer.sentence.value
+    assert (
+        all(getattr(viewer, name).value != value for name, value in seen.items())
+        and "Nucleus 3:" in viewer.sentence.value
+    )
     asked_once = len(notes)
     for name, value in (("cell_threshold", 0.7), ("cell_threshold", 0.5), ("min_score", 0.99)):
         before = viewer.picture.value
         viewer.sliders[name].value = value
         assert viewer.picture.value != before
-    assert len(notes) == asked_once and "is not reported" in viewer.sentence.value and viewer.status.value.startswith("nuclei found: 3")
+    assert (
+        len(notes) == asked_once
+        and "is not reported" in viewer.sentence.value
+        and viewer.status.value.startswith("nuclei found: 3")
+    )
     viewer.sliders["upper_ratio_0"].value = viewer.sliders["upper_ratio_1"].value = -1
     assert "scale 3.0 is picked" in viewer.sentence.value
     assert all(name != "nucleus" for name, _ in notes[asked_once:])
     viewer.reset.click()
-    assert tuned_config(CONFIG, viewer.sliders) == CONFIG and "is not reported" not in viewer.sentence.value and viewer.nucleus.value == 3
+    assert (
+        tuned_config(CONFIG, viewer.sliders) == CONFIG
+        and "is not reported" not in viewer.sentence.value
+        and viewer.nucleus.value == 3
+    )
     for box in viewer.layers.values():
         before = viewer.picture.value
         box.value = not box.value
@@ -214,7 +268,12 @@ def test_bad_pictures_are_told_and_left(segmenter, tmp_path):
     viewer = Viewer(segmenter, tmp_path, side=300)
     assert viewer.id.options == ("1.png", "2.png")
     viewer.id.value = "2.png"
-    assert "no readable picture" in viewer.status.value and viewer.picture.value == b"" and viewer.nucleus.options == () and viewer.pyramid.value == ""
+    assert (
+        "no readable picture" in viewer.status.value
+        and viewer.picture.value == b""
+        and viewer.nucleus.options == ()
+        and viewer.pyramid.value == ""
+    )
     viewer.sliders["min_score"].value = 0.2
     viewer.click._dom_handlers({"dataX": 1, "dataY": 1})
     viewer.id.value = "1.png"
@@ -229,7 +288,9 @@ def test_broken_networks_are_told():
 
 
 def test_no_ratios_were_fitted(segmenter):
-    unfitted = Segmenter(segmenter.nucleus_network, segmenter.cell_networks, BundleConfig((60, 80), SCALES, (32, 32, 32)))
+    unfitted = Segmenter(
+        segmenter.nucleus_network, segmenter.cell_networks, BundleConfig((60, 80), SCALES, (32, 32, 32))
+    )
     assert "is picked" in Viewer(unfitted, {"a": smear()}, side=300).sentence.value
 
 
@@ -283,10 +344,26 @@ def page(tmp_path_factory, segmenter):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"SEGPC_BUNDLE": str(folder / "bundle"), "SEGPC_PICTURES": str(folder / "pictures"), "PYTHONPATH": path, "IPYTHONDIR": str(folder), "JUPYTER_RUNTIME_DIR": str(folder)}
-    command = [sys.executable, "-m", "voila", ROOT / "nbs" / "viewer_app.ipynb", f"--port={port}", "--no-browser", "--Voila.ip=127.0.0.1"]
+    environment = os.environ | {
+        "SEGPC_BUNDLE": str(folder / "bundle"),
+        "SEGPC_PICTURES": str(folder / "pictures"),
+        "PYTHONPATH": path,
+        "IPYTHONDIR": str(folder),
+        "JUPYTER_RUNTIME_DIR": str(folder),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "voila",
+        ROOT / "nbs" / "viewer_app.ipynb",
+        f"--port={port}",
+        "--no-browser",
+        "--Voila.ip=127.0.0.1",
+    ]
     with (folder / "log").open("w") as log:
-        server = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
     try:
         await_server(server, port, folder / "log")
         with playwright.sync_playwright() as p:
@@ -297,7 +374,14 @@ def page(tmp_path_factory, segmenter):
             tab.on("pageerror", lambda error: tab.trouble.append(str(error)))
             tab.on("console", lambda message: tab.trouble.append(message.text) if message.type == "error" else None)
             tab.route(ICONS, lambda route: route.fulfill(body="", content_type="text/css"))
-            tab.on("request", lambda request: tab.trouble.append(request.url) if not re.match(rf"http://127\.0\.0\.1:{port}/|data:|blob:|{ICONS.pattern}", request.url) else None)
+            tab.on(
+                "request",
+                lambda request: (
+                    tab.trouble.append(request.url)
+                    if not re.match(rf"http://127\.0\.0\.1:{port}/|data:|blob:|{ICONS.pattern}", request.url)
+                    else None
+                ),
+            )
             tab.goto(f"http://127.0.0.1:{port}/", timeout=300_000)
             tab.wait_for_selector("figure.scale", timeout=150_000)
             yield tab
@@ -318,7 +402,11 @@ def slider(page, name):
 def shown(page):
     "What picture, sentence and cards show."
     sentence = page.get_by_text(re.compile("^Nucleus [0-9]+: |^No nucleus"))
-    return page.locator("img.widget-image").get_attribute("src"), sentence.inner_text(), page.locator("figure.scale").all_inner_texts()
+    return (
+        page.locator("img.widget-image").get_attribute("src"),
+        sentence.inner_text(),
+        page.locator("figure.scale").all_inner_texts(),
+    )
 
 
 def wait_for(page, words):
@@ -332,7 +420,11 @@ def test_a_slider_changes_picture_and_sentence(page):
     slider(page, "upper ratio, scale 1.75").press("Home")
     wait_for(page, "because it is the last one")
     after = shown(page)
-    assert after[0] != picture and after[1] != sentence and [card.split(":")[1].split()[0] for card in after[2]] == ["refused", "refused", "accepted,"]
+    assert (
+        after[0] != picture
+        and after[1] != sentence
+        and [card.split(":")[1].split()[0] for card in after[2]] == ["refused", "refused", "accepted,"]
+    )
     slider(page, "least score").press("End")
     wait_for(page, "is not reported")
     page.get_by_role("button", name="thresholds of the bundle").click()

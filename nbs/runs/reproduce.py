@@ -22,7 +22,10 @@ def execute(notebook, folder, **parameters):
     import papermill
 
     done, failed = folder / "executed.ipynb", folder / "FAILED.ipynb"
-    if done.exists() and json.loads(done.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"] == parameters:
+    if (
+        done.exists()
+        and json.loads(done.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"] == parameters
+    ):
         print(f"{folder}: done before", flush=True)
         return done
     print(f"{folder}: {notebook}", flush=True)
@@ -35,7 +38,9 @@ def report(executed):
     "The executed notebook as a page without code."
     from nbconvert import HTMLExporter
 
-    page, _ = HTMLExporter(exclude_input=True, exclude_raw=True, exclude_input_prompt=True, exclude_output_prompt=True).from_filename(executed)
+    page, _ = HTMLExporter(
+        exclude_input=True, exclude_raw=True, exclude_input_prompt=True, exclude_output_prompt=True
+    ).from_filename(executed)
     path = executed.with_name("report.html")
     path.write_text(page, encoding="utf-8")
     return path
@@ -43,8 +48,12 @@ def report(executed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="smoke", choices=("smoke", "light", "paper"), help="setting (default: smoke)")
-    parser.add_argument("--data", default="", help="folder of the data set (default: SEGPC_DATA, else synthetic pictures)")
+    parser.add_argument(
+        "--preset", default="smoke", choices=("smoke", "light", "paper"), help="setting (default: smoke)"
+    )
+    parser.add_argument(
+        "--data", default="", help="folder of the data set (default: SEGPC_DATA, else synthetic pictures)"
+    )
     parser.add_argument("--out", default="", help="folder for all results (default: runs/PRESET)")
     parser.add_argument("--jobs", type=int, default=1, help="scales trained at the same time (default: 1)")
     chosen = parser.parse_args()

@@ -1,0 +1,334 @@
+"""Folders of pictures: what is done is skipped, what was cut off goes on, and a cluster gives the same as one process."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.metadata import version
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import shapely
+import tifffile
+import torch
+
+from segpc_nb import batch, results
+from segpc_nb.backends import missing_packages
+from segpc_nb.batch import JOURNAL, PredictOptions, overlap_io, predict_picture, predict_pictures, read_journal
+from segpc_nb.cells import iou_table
+from segpc_nb.cli_predict import report
+from segpc_nb.hardware import keep_memory
+from segpc_nb.images import write_image
+from segpc_nb.pipeline import SHIPPED, BundleConfig, Segmenter, load_bundle, save_bundle
+from segpc_nb.synthetic import make_dataset
+
+WANTED = PredictOptions()
+needs_bundle = pytest.mark.skipif(
+    not (SHIPPED / "bundle.json").exists(), reason="this copy comes without trained networks"
+)
+
+
+@pytest.fixture(scope="module")
+def smears(tmp_path_factory):
+    "Eight synthetic pictures."
+    root = make_dataset(tmp_path_factory.mktemp("smears"), pictures=8, seed=3)
+    return sorted(next(root.rglob("x")).iterdir())
+
+
+@pytest.fixture
+def union_mask(tmp_path, monkeypatch):
+    "Three drawn pictures of one cell, and a pipeline of arithmetic in place of the cli_train."
+    segmenter = Segmenter(
+        lambda x: 40 * (0.35 - x[:, 1:2]),
+        {1.75: lambda x: 40 * (0.7 - x[:, 1:2])},
+        BundleConfig((60, 80), (1.75,), (32,)),
+    )
+    monkeypatch.setattr(batch, "load_segmenter", lambda wanted: segmenter)
+    for k in range(3):
+        picture = np.full((60, 80, 3), (232, 215, 225), np.uint8)
+        cv2.circle(picture, (30 + 5 * k, 30), 15, (150, 140, 200), -1)
+        cv2.circle(picture, (30 + 5 * k, 30), 9, (90, 40, 130), -1)
+        write_image(tmp_path / "x" / f"{k}.png", picture)
+    return sorted((tmp_path / "x").iterdir())
+
+
+def masks(out):
+    "All masks of a folder of predictions, decoded."
+    return {path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED).tobytes() for path in (out / "y").iterdir()}
+
+
+def same(a, b):
+    "Do two folders hold the same masks and tables, floats at four decimals?"
+    pd.testing.assert_frame_equal(*(pd.read_csv(out / "cells.csv", dtype={"picture": str}).round(4) for out in (a, b)))
+    assert masks(a) == masks(b)
+
+
+@needs_bundle
+def test_a_process_that_predicts_keeps_its_memory():
+    def pages():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(2**24)  # 64 MB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    if not keep_memory(False):
+        pytest.skip("not glibc")
+    given_back = pages()
+    batch.load_segmenter(WANTED)
+    assert 2 * pages() < given_back
+
+
+def test_a_report_tells_who_predicted(drawn, tmp_path):
+    predict_pictures(drawn[:2], tmp_path / "out", PredictOptions(min_score=0.125))
+    predict_pictures(drawn[2:], tmp_path / "out", PredictOptions(bundle=tmp_path))
+    text = report(tmp_path / "out", drawn, tmp_path / "r.html").read_text(encoding="utf-8")
+    ways = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])["how"]["predicted by"]
+    assert [(way["bundle"], way.get("min_score")) for way in ways] == [("of the package", 0.125), (str(tmp_path), None)]
+    assert all(way["segpc_nb"] == version("segpc_nb") for way in ways)
+
+
+def test_what_is_done_is_skipped_until_something_changed(drawn, tmp_path):
+    out = tmp_path / "out"
+    assert list(predict_pictures(drawn, out).cells.values()) == [1, 1, 1]
+    before = masks(out)
+    assert predict_pictures(drawn, out).skipped == ["0", "1", "2"]
+    (out / "y" / "1_1.png").unlink()  # a mask is gone
+    os.utime(drawn[2], ns=(1, 1))  # a picture is another one
+    assert list(predict_pictures(drawn, out).cells) == ["1", "2"] and masks(out) == before
+    assert list(predict_pictures(drawn, out, PredictOptions(select="keep-all")).cells) == ["0", "1", "2"]  # another way
+    assert list(predict_pictures(drawn, out, PredictOptions(select="keep-all"), redo=True).cells) == ["0", "1", "2"]
+    assert sorted(pd.read_csv(out / "cells.csv").picture.tolist()) == [0, 1, 2]
+
+
+def test_a_torn_journal_costs_one_picture(drawn, tmp_path):
+    out = tmp_path / "out"
+    predict_pictures(drawn, out)
+    text = (out / JOURNAL).read_text()
+    (out / JOURNAL).write_text(text[:-30])
+    (out / "cells.csv").unlink()
+    again = predict_pictures(drawn, out)
+    assert (list(again.cells), again.skipped) == (["2"], ["0", "1"])
+    assert sorted(read_journal(out)) == ["0", "1", "2"] and len(pd.read_csv(out / "cells.csv")) == 3
+
+
+def test_a_full_disk_is_reported_per_picture_and_nothing_is_half_done(drawn, tmp_path, monkeypatch):
+
+    written = results.write_bytes
+
+    def full(path, content):
+        if path.parent.name != "y":
+            return written(path, content)
+        raise OSError(28, f"{path} was not written (No space left on device); free some space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(results, "write_bytes", full)
+        failed = predict_pictures(drawn, tmp_path / "out").failed
+    assert list(failed) == drawn and all("free some space" in why for why in failed.values())
+    assert not read_journal(tmp_path / "out")
+    assert list(predict_pictures(drawn, tmp_path / "out").cells) == ["0", "1", "2"]
+
+
+def test_an_unforeseen_error_is_not_swallowed():
+    def broken(item, result):
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        list(overlap_io(range(3), lambda item: item, lambda item, value: value, broken))
+
+
+@needs_bundle
+def test_the_shipped_networks_work_offline_and_a_killed_run_goes_on(smears, tmp_path):
+    blocked = "import socket, sys\ndef refuse(*a, **k): raise AssertionError('network')\nsocket.socket.connect = socket.create_connection = refuse\nfrom segpc_nb.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", blocked, "predict", str(smears[0].parent), "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    journal = tmp_path / "cut" / JOURNAL
+    process = subprocess.Popen([*command, str(tmp_path / "cut")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") >= 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(read_journal(tmp_path / "cut"))
+    assert 2 <= done
+    again = predict_pictures(smears, tmp_path / "cut", WANTED)
+    assert len(again.skipped) >= done and len(again.skipped) + len(again.cells) == len(smears)
+    same(tmp_path / "whole", tmp_path / "cut")
+    assert len(pd.read_csv(tmp_path / "whole" / "cells.csv")) > len(smears)  # they find cells
+
+
+@needs_bundle
+def test_tiles_give_the_nuclei_of_the_whole(smears):
+    segmenter = load_bundle()
+    field = np.concatenate(
+        [np.concatenate([cv2.imread(str(path))[:384, :512, ::-1] for path in smears[k : k + 2]], 1) for k in (0, 2)]
+    )
+    size = segmenter.config.nucleus_px * max(field.shape[0] / 768, field.shape[1] / 1024)
+    from segpc_nb.nuclei import nuclei_in_tiles
+    from segpc_nb.pipeline import network_grid
+
+    whole = segmenter.nuclei(field, size)
+    tiled = nuclei_in_tiles(
+        lambda box, grid: segmenter._nuclei_of(field, box, grid),
+        field.shape[:2],
+        network_grid(segmenter.config, field.shape[:2], size),
+        tile=384,
+    )
+    overlap = iou_table(whole, tiled, "nucleus")
+    assert len(whole) > 8 and abs(len(whole) - len(tiled)) <= 1
+    assert np.mean(overlap.max(1) > 0.9) > 0.9
+
+
+SLIDE = """
+import resource, sys
+from pathlib import Path
+from segpc_nb import batch
+from segpc_nb.batch import PredictOptions, predict_pictures
+from segpc_nb.pipeline import BundleConfig, Segmenter
+config = BundleConfig((384, 512), (1.75,), (64,), nucleus_px=50.0)
+batch.load_segmenter = lambda wanted: Segmenter(lambda x: 40 * (0.35 - x[:, 1:2]), {1.75: lambda x: 40 * (0.7 - x[:, 1:2])}, config)
+found = predict_pictures([Path(sys.argv[1])], Path("out"), PredictOptions(nucleus_px=218.0))
+assert not found.failed, found.failed
+print(found.cells["slide"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_slide_of_20000_pixels_a_side_in_bounded_memory(tmp_path):
+    side, block = 20_000, 400
+    tile = np.full((block, block, 3), (232, 215, 225), np.uint8)
+    busy = tile.copy()
+    cv2.circle(busy, (200, 200), 180, (150, 140, 200), -1)
+    cv2.circle(busy, (200, 200), 109, (90, 40, 130), -1)
+    places = [(row, column) for row in range(side // block) for column in range(side // block)]
+    blocks = (busy if row % 5 == 0 and column % 7 == 0 else tile for row, column in places)
+    tifffile.imwrite(
+        tmp_path / "slide.tif",
+        blocks,
+        shape=(side, side, 3),
+        dtype=np.uint8,
+        tile=(block, block),
+        photometric="rgb",
+        compression="zlib",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", SLIDE, str(tmp_path / "slide.tif")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    cells, peak = map(int, done.stdout.split()[-2:])
+    assert cells == 10 * 8
+    assert peak < 3000  # MB; the slide alone holds 1200
+    outlines = json.loads((tmp_path / "out" / "slides" / "slide.geojson").read_text())["features"]
+    areas = [shapely.geometry.shape(outline["nucleusGeometry"]).area for outline in outlines]
+    assert np.allclose(areas, np.pi * 109**2, rtol=0.03)
+
+
+MANY = 2000
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    "The networks of the package without mirror images, in ONNX Runtime where it is installed: many pictures in little time."
+    segmenter, folder = load_bundle(), tmp_path_factory.mktemp("quick")
+    segmenter.config = replace(segmenter.config, flips=False, nucleus_flips=False)
+    save_bundle(segmenter, folder, half=True)
+    return PredictOptions(folder, nucleus_px=50, backend="torch" if missing_packages("onnxruntime") else "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def many(smears, tmp_path_factory):
+    "A folder of many pictures, by links to a few."
+    folder = tmp_path_factory.mktemp("many")
+    for k in range(MANY):
+        os.link(smears[k % len(smears)], folder / f"{k}{smears[0].suffix}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predicted(many, quick, tmp_path_factory):
+    "What `segpc predict` makes of them, and its memory on the way: (pictures done, MB)."
+    out = tmp_path_factory.mktemp("predicted")
+    program = "import sys; from segpc_nb.cli import main; sys.exit(main(sys.argv[1:]))"
+    options = [
+        "--out",
+        str(out / "out"),
+        "--bundle",
+        str(quick.bundle),
+        "--nucleus-px",
+        str(quick.nucleus_px),
+        "--backend",
+        quick.backend,
+    ]
+    with open(out / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, "predict", str(many), *options], stdout=log, stderr=log
+        )
+        resident = []
+        while process.poll() is None:
+            time.sleep(2)
+            journal, status = out / "out" / JOURNAL, f"/proc/{process.pid}/statm"
+            if journal.exists() and os.path.exists(status):
+                resident.append(
+                    (
+                        journal.read_bytes().count(b"\n"),
+                        int(open(status).read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6,
+                    )
+                )
+    assert process.returncode == 0, (out / "log").read_text()[-2000:]
+    return out / "out", resident
+
+
+@needs_bundle
+@pytest.mark.slow
+def test_two_thousand_pictures_with_flat_memory(predicted):
+    out, resident = predicted
+    table = pd.read_csv(out / "cells.csv")
+    assert table.picture.nunique() > 0.75 * MANY and len(list((out / "y").iterdir())) == len(table)
+    early = max(megabytes for done, megabytes in resident if done < MANY // 4)
+    late = max(megabytes for done, megabytes in resident if done >= MANY // 4)
+    print(f"resident: {early:.0f} MB in the first {MANY // 4} pictures, {late:.0f} MB afterwards")
+    assert late < early + 100  # the table of all cells; a picture more costs less than 0.1 MB
+
+
+@needs_bundle
+@pytest.mark.slow
+def test_two_workers_of_whom_one_is_killed_give_the_same(many, quick, predicted, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        victim = next(iter(cluster.workers.values())).pid
+        told = []
+
+        def tell(line):
+            told.append(line)
+            if len(told) == MANY // 2:
+                os.kill(victim, signal.SIGKILL)
+
+        found = predict_pictures(
+            sorted(many.iterdir()), tmp_path / "two", quick, cluster=cluster.scheduler_address, told=tell
+        )
+    assert not found.failed and len(found.cells) == len(told) == MANY
+    same(predicted[0], tmp_path / "two")
+
+
+@needs_bundle
+def test_two_workers_with_the_usual_options_give_the_same(smears, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    predict_pictures(smears[:4], tmp_path / "one", WANTED)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        found = predict_pictures(smears[:4], tmp_path / "two", WANTED, cluster=cluster.scheduler_address)
+    assert not found.failed and sum(found.cells.values()) > 4
+    same(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_worker_names_a_bad_picture(drawn, tmp_path):
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    batch._worker_segmenter.cache_clear()
+    assert "torn.png" in predict_picture(WANTED, tmp_path / "out", tmp_path / "torn.png", 0)
+    entry = predict_picture(WANTED, tmp_path / "out", drawn[0], 0)
+    batch._worker_segmenter.cache_clear()
+    assert entry["picture"] == "0" and len(entry["cells"]) == 1 and json.loads(json.dumps(entry)) == entry
