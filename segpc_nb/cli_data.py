@@ -215,7 +215,7 @@ def draw_scales(
     from matplotlib.figure import Figure
 
     from segpc_nb.files import write_bytes
-    from segpc_nb.scales import SCALES, histogram_peaks, ratio_histogram
+    from segpc_nb.scales import PAPER_SCALES, histogram_peaks, ratio_histogram
 
     counts, centres = ratio_histogram(ratios)
     peaks = histogram_peaks(counts, centres)
@@ -223,8 +223,8 @@ def draw_scales(
     axes = figure.subplots()
     axes.bar(centres, counts, width=centres[1] - centres[0], color="lightsteelblue")
     axes.plot(peaks, [counts[abs(centres - peak).argmin()] for peak in peaks], "o", color="green", label="peaks")
-    for scale in SCALES:
-        axes.axvline(scale, color="red", linewidth=1, label="scales of the paper" if scale == SCALES[0] else None)
+    for scale in PAPER_SCALES:
+        axes.axvline(scale, color="red", linewidth=1, label="scales of the paper" if scale == PAPER_SCALES[0] else None)
     axes.set(xlabel="cytoplasm area / nucleus area", ylabel="cells")
     axes.legend(framealpha=1)
     figure.savefig(content, format=path.suffix[1:].lower(), dpi=120)
@@ -255,7 +255,10 @@ def scales(
     if not len(ratios):
         raise ValueError(f"{folder} has no cell with a nucleus in {split}; give a split with masks, such as train")
     peaks = analysis.histogram_peaks(*analysis.ratio_histogram(ratios))
-    rows = [*zip(peaks.tolist(), analysis.scales_above(peaks).tolist()), *((None, scale) for scale in analysis.SCALES)]
+    rows = [
+        *zip(peaks.tolist(), analysis.scales_above(peaks).tolist()),
+        *((None, scale) for scale in analysis.PAPER_SCALES),
+    ]
     table = []
     for peak, scale in rows:
         clipped = {id: analysis.clipped_to_region(members, shapes[id], scale) for id, members in cells.items()}

@@ -17,7 +17,7 @@ from skimage.feature import peak_local_max
 from skimage.segmentation import watershed
 
 from .cells import Cell, cell_from_parts, iou_table
-from .grids import fill_holes, stretch_window
+from .grids import fill_holes, signed_surface, stretch_window
 
 # %% ../nbs/22_nuclei.ipynb #b60043d0
 def split_touching(
@@ -66,7 +66,7 @@ def nucleus_surface(
         own = fill_holes(pieces == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()) if len(stats) > 1 else own
     height = probability - level
     foreign = np.where((labels > 0) & ~own, -np.abs(height), height)  # another nucleus is as far below as it was above
-    return np.where(own, np.maximum(height, 1e-3), np.minimum(foreign, -1e-3)).astype(np.float32)
+    return signed_surface(np.where(own, height, foreign), own)
 
 
 def find_nuclei(

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 import segpc_nb
 from segpc_nb.aggregation import (
     Candidate,
+    RegionProbability,
     accepts,
     fuse,
     keep_all,
@@ -144,10 +145,10 @@ def predict_regions(
 ) -> list[Candidate]:  # one per nucleus
     "What the network of one scale says about every nucleus."
     crops, boxes = crop_regions(image, nuclei, scale, size)
-    answers = zip(nuclei, boxes, predict_probabilities(network, crops, flips, pixels), crops[:, 3] > 0)
+    probabilities = predict_probabilities(network, crops, flips, pixels)
     return [
-        make_candidate(nucleus, scale, box, answer, image.shape[:2], threshold, core)
-        for nucleus, box, answer, core in answers
+        make_candidate(RegionProbability(nucleus, box, probability, image.shape[:2], scale, mask), threshold)
+        for nucleus, box, probability, mask in zip(nuclei, boxes, probabilities, crops[:, 3] > 0)
     ]
 
 # %% ../nbs/42_pipeline.ipynb #492f4302

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from segpc_nb.aggregation import (
+    RegionProbability,
     accepts,
     cell_from_probability,
     clean_cell,
@@ -26,9 +27,9 @@ from segpc_nb.aggregation import (
 from segpc_nb.cells import cell_from_parts, iou_table, window
 from segpc_nb.grids import fill_holes
 from segpc_nb.regions import nucleus_box, region_box
+from segpc_nb.scales import PAPER_SCALES
 
 SHAPE = (48, 64)
-SCALES = (0.5, 1.75, 2.6, 3.0)
 
 
 def nucleus_at(id, row, column, radius):
@@ -37,12 +38,12 @@ def nucleus_at(id, row, column, radius):
     return cell_from_parts(id, (0, 0, *SHAPE), disc, np.zeros_like(disc))
 
 
-def noisy_candidates(rng, n, scales=SCALES, grid=None):
-    "Some nuclei anywhere, with blobs of noise as answers, on the picture's pixels or on a grid of the crop."
+def noisy_candidates(rng, n, scales=PAPER_SCALES, grid=None):
+    "Some nuclei anywhere, with blobs of noise as predictions, on the picture's pixels or on a grid of the crop."
     picture = []
     for id in range(1, n + 1):
         nucleus = nucleus_at(id, rng.integers(0, SHAPE[0]), rng.integers(0, SHAPE[1]), rng.integers(1, 7))
-        answers = []
+        predicted = []
         for scale in scales:
             top, left, bottom, right = region_box(nucleus_box(nucleus), scale)
             box = (
@@ -51,10 +52,9 @@ def noisy_candidates(rng, n, scales=SCALES, grid=None):
                 else (max(top, 0), max(left, 0), min(bottom, SHAPE[0]), min(right, SHAPE[1]))
             )
             noise = ndimage.gaussian_filter(rng.random(grid or (box[2] - box[0], box[3] - box[1])), 1.5)
-            answers.append(
-                make_candidate(nucleus, scale, box, np.clip((noise - 0.5) * 6 + 0.5, 0, 1).astype(np.float32), SHAPE)
-            )
-        picture.append(answers)
+            probability = np.clip((noise - 0.5) * 6 + 0.5, 0, 1).astype(np.float32)
+            predicted.append(make_candidate(RegionProbability(nucleus, box, probability, SHAPE, scale)))
+        picture.append(predicted)
     return picture
 
 
@@ -71,7 +71,7 @@ def test_every_cell_holds_its_nucleus_and_disjoint_cytoplasm(rng, n, grid):
             assert np.array_equal(window(candidate.nucleus, cell.bbox)[0], cell.nucleus)
             assert cell.nucleus.sum() == candidate.nucleus.area and not (cell.nucleus & cell.cytoplasm).any()
             assert cell.id == candidate.nucleus.id and cell.scale == candidate.scale and 0 <= cell.score <= 1
-            assert ndimage.label(cell.mask)[1] == 1  # one piece
+            assert ndimage.label(cell.mask)[1] == 1  # one component
     for cell in fuse(picture):
         assert cell.nucleus.sum() == picture[cell.id - 1][0].nucleus.area and not (cell.nucleus & cell.cytoplasm).any()
 
@@ -92,14 +92,14 @@ def test_never_more_than_one_cell_per_nucleus_but_for_keep_all(rng, n, upper):
 @settings(max_examples=40, deadline=None)
 @given(seeds, st.lists(st.floats(-1, 5), min_size=3, max_size=3))
 def test_lazy_evaluation_of_scales_selects_the_same_cells(rng, upper):
-    picture, asked = noisy_candidates(rng, 4), 0
+    picture, evaluated = noisy_candidates(rng, 4), 0
     for scales, eager in zip(picture, select_by_ratio(picture, tuple(upper))):
         for position, candidate in enumerate(scales):
-            asked += 1
+            evaluated += 1
             if accepts(candidate.cell, position, tuple(upper)):
                 break
         assert candidate.cell is eager
-    assert asked <= 16
+    assert evaluated <= 16
 
 
 @settings(max_examples=40, deadline=None)
@@ -112,17 +112,17 @@ def test_holes_are_filled_as_scipy_fills_them(rng):
 
 @settings(max_examples=60, deadline=None)
 @given(seeds, st.floats(0, 4), st.sampled_from([0.3, 0.48, 0.52]))
-def test_own_piece_is_the_one_with_most_of_the_nucleus(rng, blur, level):
+def test_the_component_kept_holds_most_of_the_nucleus(rng, blur, level):
     mask = ndimage.gaussian_filter(rng.random((30, 40)), blur) > level
     nucleus = ndimage.gaussian_filter(rng.random((30, 40)), 2) > 0.53
     nucleus[rng.integers(30), rng.integers(40)] = True
-    pieces, _ = ndimage.label(mask | nucleus)
-    shares = np.bincount(pieces[nucleus])
-    expected = [(pieces == number) | nucleus for number in np.flatnonzero(shares == shares.max())]
-    assert any(np.array_equal(component_of_nucleus(mask, nucleus), piece) for piece in expected)
+    components, _ = ndimage.label(mask | nucleus)
+    counts = np.bincount(components[nucleus])
+    expected = [(components == number) | nucleus for number in np.flatnonzero(counts == counts.max())]
+    assert any(np.array_equal(component_of_nucleus(mask, nucleus), component) for component in expected)
 
 
-def test_the_piece_around_the_nucleus_wins_over_a_larger_one():
+def test_the_component_of_the_nucleus_wins_over_a_larger_one():
     nucleus = np.zeros((20, 40), bool)
     nucleus[8:12, 4:8] = True
     mask = np.zeros_like(nucleus)
@@ -133,7 +133,7 @@ def test_the_piece_around_the_nucleus_wins_over_a_larger_one():
 
 def test_fitted_ratios_equal_an_exhaustive_search_through_the_rule_itself():
     rng = np.random.default_rng(3)
-    pictures = [noisy_candidates(rng, 4, SCALES[:3]) for _ in range(3)] + [[]]
+    pictures = [noisy_candidates(rng, 4, PAPER_SCALES[:3]) for _ in range(3)] + [[]]
     truths = [[scales[rng.integers(0, 3)].cell for scales in picture[:3]] for picture in pictures[:3]] + [
         [nucleus_at(1, 20, 20, 5)]
     ]
@@ -181,12 +181,13 @@ def test_doubt_lowers_the_score_and_leaves_the_outline(size):
     nucleus = cell_from_parts(1, (0, 0, 48, 48), nucleus, np.zeros_like(nucleus))
     rows, columns = (np.mgrid[:size, :size] + 0.5) * 48 / size - 0.5
     sure = (1 / (1 + np.exp(2 * (np.hypot(rows - 24, columns - 24) - 16)))).astype(np.float32)
-    first = cell_from_probability(nucleus, (0, 0, 48, 48), sure, 0.5, (48, 48))
+    region = RegionProbability(nucleus, (0, 0, 48, 48), sure, (48, 48))
+    first = cell_from_probability(region)
     assert first.area == pytest.approx(np.pi * 16**2, rel=0.03)
     for doubt in (0.6, 0.3):
-        second = cell_from_probability(replace(nucleus, score=0.5), (0, 0, 48, 48), doubt * sure, 0.5, (48, 48))
-        assert second.area == pytest.approx(first.area, rel=0.01) and second.score == pytest.approx(
-            0.5 * doubt * first.score, rel=0.02
-        )
-    nothing = cell_from_probability(nucleus, (0, 0, 48, 48), 0.01 * sure, 0.5, (48, 48))
-    assert not nothing.cytoplasm.any()  # a network that sees no cell draws none
+        unsure = replace(region, nucleus=replace(nucleus, score=0.5), probability=doubt * sure)
+        second = cell_from_probability(unsure)
+        assert second.area == pytest.approx(first.area, rel=0.01)
+        assert second.score == pytest.approx(0.5 * doubt * first.score, rel=0.02)
+    nothing = cell_from_probability(replace(region, probability=0.01 * sure))
+    assert not nothing.cytoplasm.any()  # a probability near zero gives no cytoplasm

@@ -355,6 +355,6 @@ def test_the_crops_know_the_nucleus_as_well_as_the_picture_does():
             lambda crops: 40 * (crops[:, 3:] + 0.5 * (crops[:, 1:2] < 0.7) - 0.25), image, [*nuclei, speck], scale, 96
         )
         for c in found:
-            again = cell_from_probability(c.nucleus, c.box, c.probability, 0.5, c.shape, scale)
+            again = cell_from_probability(c, 0.5)  # a candidate keeps no `grid_nucleus`
             assert c.cell.bbox == again.bbox and c.cell.score == again.score
             assert (c.cell.nucleus == again.nucleus).all() and (c.cell.cytoplasm == again.cytoplasm).all()
