@@ -161,7 +161,7 @@ def report(
     pixel_size: float | None = None,  # side of a pixel, um
 ) -> Path:  # the file
     "Show a folder of predictions as one HTML page."
-    from segpc_nb.batch import read_journal
+    from segpc_nb.journal import read_journal
     from segpc_nb.report import write_report
     from segpc_nb.results import read_results
 

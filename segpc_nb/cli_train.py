@@ -94,6 +94,6 @@ def export_model(
     bundle: Path | None = None,  # folder of the networks; None takes the one shipped with the package
 ) -> list[Path]:  # the files
     "Write the networks of a bundle as ONNX."
-    from segpc_nb.backends import export_bundle
+    from segpc_nb.runtimes import export_bundle
 
     return export_bundle(bundle, out)

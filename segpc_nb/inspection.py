@@ -23,7 +23,8 @@ from matplotlib.patheffects import Normal, Stroke
 
 from .aggregation import Candidate, accepts, cell_level, nucleus_on_grid
 from .cells import Cell
-from .pipeline import BundleConfig, Segmenter
+from .config import BundleConfig
+from .pipeline import Segmenter
 from .plots import CELL_COLORS, OUTLINE_COLORS, outlines, show_cells, show_picture
 from .regions import picture_window
 

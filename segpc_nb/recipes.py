@@ -19,13 +19,13 @@ from accelerate import PartialState
 from torch.utils.data import Dataset
 
 from .cells import Cell
-from .config import PRESETS, TrainConfig
+from .config import PRESETS, BundleConfig, TrainConfig
 from .dataset import Sample, Split, fold_samples, split_samples
 from .determinism import seed_everything
 from .files import write_bytes
 from .metrics import evaluate_cells
 from .models import build_network, load_network, save_network
-from .pipeline import BundleConfig, Segmenter
+from .pipeline import Segmenter
 from .provenance import data_hash, write_manifest
 from .results import read_masks, write_masks
 from .training import fit

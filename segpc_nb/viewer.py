@@ -20,6 +20,7 @@ from ipyevents import Event
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .config import BundleConfig
 from .images import find_pictures, pixel_size, read_picture
 from segpc_nb.inspection import (
     CHOSEN,
@@ -35,7 +36,7 @@ from segpc_nb.inspection import (
     with_cached_networks,
     with_config,
 )
-from .pipeline import BundleConfig, Segmenter, check_picture
+from .pipeline import Segmenter, check_picture
 
 # %% ../nbs/56_viewer.ipynb #f03e12cb
 def draw_png(

@@ -10,20 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from segpc_nb import backends
-from segpc_nb.backends import (
-    cache_folders,
-    convert_network,
-    export_bundle,
-    fastest_backend,
-    max_difference,
-    network_parts,
-    with_backend,
-)
+from segpc_nb import backends, runtimes
+from segpc_nb.backends import cache_folders, convert_network, fastest_backend, with_backend
 from segpc_nb.cells import iou_table
-from segpc_nb.config import PRESETS
+from segpc_nb.config import PRESETS, BundleConfig
 from segpc_nb.models import build_network
-from segpc_nb.pipeline import BundleConfig, Segmenter, load_bundle
+from segpc_nb.pipeline import Segmenter, load_bundle
+from segpc_nb.runtimes import export_bundle, max_difference, network_parts
 from segpc_nb.synthetic import make_picture
 
 LIGHT = BundleConfig((96, 128), (1.75,), (64,))
@@ -156,14 +149,14 @@ def test_auto_measures_once_per_bundle(tmp_path, monkeypatch):
 
 @needs_both
 def test_auto_does_without_a_backend_that_fails(tmp_path, monkeypatch):
-    real = backends.open_network
+    real = runtimes.open_network
 
     def broken(backend, network, content):
         if backend == "openvino":
             raise RuntimeError("no such instruction")
         return real(backend, network, content)
 
-    monkeypatch.setattr(backends, "open_network", broken)
+    monkeypatch.setattr(runtimes, "open_network", broken)
     assert fastest_backend(tiny_segmenter(), tmp_path) in ("torch", "onnxruntime")
     (file,) = tmp_path.glob("fastest-*.json")
     assert json.loads(file.read_text())["failed"] == {"openvino": "no such instruction"}
@@ -192,7 +185,7 @@ def test_a_file_that_does_not_agree_is_made_again(tmp_path, damage):
     (file,) = tmp_path.iterdir()
     good = file.read_bytes()
     if damage == "another network":
-        bad = backends.onnx_bytes(network_parts(tiny_segmenter(seed=1))[1])
+        bad = runtimes.onnx_bytes(network_parts(tiny_segmenter(seed=1))[1])
     elif damage == "changed weights":
         model = onnx.load_from_string(good)
         weights = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
@@ -232,7 +225,7 @@ def test_a_bundle_becomes_a_folder_of_onnx_files(tmp_path):
         facts = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
         assert facts["format"] == "segpc_nb" and facts["format_version"] == "1" and facts["part"] == part.name
         assert json.loads(facts["bundle"])["scales"] == [0.5, 1.75]
-        opened = backends.OnnxRuntimeNetwork(path.read_bytes())
+        opened = runtimes.OnnxRuntimeNetwork(path.read_bytes())
         assert max_difference(part.network, opened, [(2, part.in_channels, *part.size)]) < 1e-4
     with pytest.raises(ValueError, match="holds no bundle"):
         export_bundle(tmp_path, tmp_path / "nothing")
@@ -241,9 +234,9 @@ def test_a_bundle_becomes_a_folder_of_onnx_files(tmp_path):
 
 @needs_onnx
 def test_a_network_that_differs_is_never_exported(tmp_path, monkeypatch):
-    monkeypatch.setattr(backends, "open_network", lambda backend, network, content: lambda images: network(images) + 1)
+    monkeypatch.setattr(runtimes, "open_network", lambda backend, network, content: lambda images: network(images) + 1)
     with pytest.raises(ValueError, match="probabilities differ from PyTorch's by"):
-        backends.export_onnx(
+        runtimes.export_onnx(
             build_network("unet", widths=(4, 8)), tmp_path / "nucleus.onnx", 3, (64, 96), any_size=True
         )
     assert not list(tmp_path.iterdir())
@@ -254,7 +247,7 @@ def test_sixteen_bits_stay_near(light):
     half = with_backend(segmenter, "torch-bf16", cache)
     assert (
         max_difference(segmenter.nucleus_network, half.nucleus_network, [(1, 3, 96, 128)])
-        < backends.TOLERANCE["bfloat16"]
+        < runtimes.TOLERANCE["bfloat16"]
     )
 
 
@@ -266,6 +259,6 @@ def test_a_converted_segmenter_is_not_converted_again():
 
 @pytest.mark.skipif(bool(backends.missing_packages("openvino")), reason="needs the extra openvino")
 def test_openvino_does_not_report_its_use():
-    script = "import sys; from segpc_nb.backends import import_runtime; import_runtime('openvino'); print(sys.modules['openvino_telemetry'])"
+    script = "import sys; from segpc_nb.runtimes import import_runtime; import_runtime('openvino'); print(sys.modules['openvino_telemetry'])"
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert done.stdout.strip() == "None", done.stderr

@@ -20,13 +20,15 @@ import tifffile
 import torch
 
 from segpc_nb import batch, results
-from segpc_nb.backends import missing_packages
-from segpc_nb.batch import JOURNAL, PredictOptions, overlap_io, predict_picture, predict_pictures, read_journal
+from segpc_nb.batch import PredictOptions, overlap_io, predict_picture, predict_pictures
 from segpc_nb.cells import iou_table
 from segpc_nb.cli_predict import report
+from segpc_nb.config import BundleConfig
 from segpc_nb.hardware import keep_memory
 from segpc_nb.images import write_image
-from segpc_nb.pipeline import SHIPPED, BundleConfig, Segmenter, load_bundle, save_bundle
+from segpc_nb.journal import JOURNAL, read_journal
+from segpc_nb.pipeline import SHIPPED, Segmenter, load_bundle, save_bundle
+from segpc_nb.runtimes import missing_packages
 from segpc_nb.synthetic import make_dataset
 
 WANTED = PredictOptions()
@@ -170,7 +172,7 @@ def test_tiles_give_the_nuclei_of_the_whole(smears):
     )
     size = segmenter.config.nucleus_px * max(field.shape[0] / 768, field.shape[1] / 1024)
     from segpc_nb.nuclei import nuclei_in_tiles
-    from segpc_nb.pipeline import network_grid
+    from segpc_nb.nucleus_size import network_grid
 
     whole = segmenter.nuclei(field, size)
     tiled = nuclei_in_tiles(
@@ -189,7 +191,8 @@ import resource, sys
 from pathlib import Path
 from segpc_nb import batch
 from segpc_nb.batch import PredictOptions, predict_pictures
-from segpc_nb.pipeline import BundleConfig, Segmenter
+from segpc_nb.config import BundleConfig
+from segpc_nb.pipeline import Segmenter
 config = BundleConfig((384, 512), (1.75,), (64,), nucleus_px=50.0)
 batch.load_segmenter = lambda wanted: Segmenter(lambda x: 40 * (0.35 - x[:, 1:2]), {1.75: lambda x: 40 * (0.7 - x[:, 1:2])}, config)
 found = predict_pictures([Path(sys.argv[1])], Path("out"), PredictOptions(nucleus_px=218.0))

@@ -16,10 +16,11 @@ from pycocotools.coco import COCO
 
 from segpc_nb import backends, batch, cli, config, interchange, keras_weights, pipeline
 from segpc_nb.cells import cell_from_parts
+from segpc_nb.config import SELECTIONS, BundleConfig
 from segpc_nb.images import read_mask, write_image
 from segpc_nb.metrics import evaluate_cells
 from segpc_nb.models import build_network, load_network
-from segpc_nb.pipeline import SELECTIONS, BundleConfig, Segmenter
+from segpc_nb.pipeline import Segmenter
 from segpc_nb.released import RELEASED_PRESETS, ReleasedSegmenter
 from segpc_nb.results import read_cells_csv, read_results, write_masks
 from segpc_nb.submission import read_submission

@@ -18,17 +18,11 @@ from skimage.segmentation import watershed
 
 from segpc_nb.aggregation import cell_from_probability, single_scale
 from segpc_nb.cells import Cell, cell_from_parts, iou_table
+from segpc_nb.config import SELECTIONS, BundleConfig
+from segpc_nb.inference import predict_probabilities
 from segpc_nb.models import build_network, load_network
 from segpc_nb.nuclei import find_nuclei, split_touching
-from segpc_nb.pipeline import (
-    SELECTIONS,
-    BundleConfig,
-    Segmenter,
-    aggregate,
-    load_bundle,
-    predict_probabilities,
-    predict_regions,
-)
+from segpc_nb.pipeline import Segmenter, aggregate, load_bundle, predict_regions
 from segpc_nb.synthetic import make_picture
 
 SCALES = (0.5, 1.75, 2.6, 3.0)

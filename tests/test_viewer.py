@@ -20,6 +20,7 @@ from PIL import Image
 
 from segpc_nb.aggregation import select_by_ratio
 from segpc_nb.cells import cell_from_parts
+from segpc_nb.config import BundleConfig
 from segpc_nb.images import write_image
 from segpc_nb.inspection import (
     LAYERS,
@@ -34,7 +35,7 @@ from segpc_nb.inspection import (
     with_config,
 )
 from segpc_nb.models import build_network
-from segpc_nb.pipeline import BundleConfig, Segmenter, load_bundle, save_bundle
+from segpc_nb.pipeline import Segmenter, load_bundle, save_bundle
 from segpc_nb.viewer import Viewer, draw_png, pyramid_html, threshold_sliders, tuned_config
 
 ROOT = Path(__file__).parent.parent
