@@ -170,9 +170,10 @@ def predict_here(
     options: PredictOptions,
     out: Path,
     enter: Callable[[dict], None],  # gets each line of the journal as soon as the masks are written
+    segmenter: PictureSegmenter,  # from `load_segmenter`
 ) -> Iterator[Finished]:
     "Predict pictures in this process."
-    segmenter, entries = load_segmenter(options), {}
+    entries = {}
 
     def work(item, picture):
         return picture, predict_cells(options, segmenter, picture)
@@ -259,7 +260,10 @@ def predict_pictures(
     "Find the cells of many pictures; a run that was cut off goes on."
     bundle = options.bundle and Path(options.bundle).resolve()  # workers may stand in another folder
     options = replace(options, bundle=bundle)
-    predict = partial(predict_on_cluster, address=cluster) if cluster else predict_here
+    if cluster:
+        predict = partial(predict_on_cluster, address=cluster)
+    else:
+        predict = partial(predict_here, segmenter=load_segmenter(options))  # before anything is written
     earlier, journal, counts, failed = read_earlier_table(out), read_journal(out), {}, {}
     kept = "".join(json.dumps(entry) + "\n" for entry in journal.values())  # without a line that was cut off
     write_bytes(Path(out) / JOURNAL, kept.encode())

@@ -16,7 +16,7 @@ from segpc_nb.cells import iou_table
 from segpc_nb.config import PRESETS, BundleConfig
 from segpc_nb.models import build_network
 from segpc_nb.pipeline import Segmenter, load_bundle
-from segpc_nb.runtimes import export_bundle, max_difference, network_parts
+from segpc_nb.runtimes import NetworkPart, export_bundle, max_difference, network_parts
 from segpc_nb.synthetic import make_picture
 
 LIGHT = BundleConfig((96, 128), (1.75,), (64,))
@@ -122,7 +122,7 @@ def test_cells_are_pytorchs(light, backend):
 def test_the_papers_networks_can_be_converted(tmp_path, backend, settings):
     torch.manual_seed(0)
     network = build_network(in_channels=4, **settings).eval()
-    part = backends.Part("cytoplasm", network, 4, (64, 64), False)
+    part = NetworkPart("cytoplasm", network, 4, (64, 64), False)
     assert max_difference(network, convert_network(part, backend, [tmp_path]), [(3, 4, 64, 64)]) < 1e-4
 
 
@@ -156,10 +156,19 @@ def test_auto_does_without_a_backend_that_fails(tmp_path, monkeypatch):
             raise RuntimeError("no such instruction")
         return real(backend, network, content)
 
-    monkeypatch.setattr(runtimes, "open_network", broken)
+    monkeypatch.setattr(backends, "open_network", broken)
     assert fastest_backend(tiny_segmenter(), tmp_path) in ("torch", "onnxruntime")
     (file,) = tmp_path.glob("fastest-*.json")
     assert json.loads(file.read_text())["failed"] == {"openvino": "no such instruction"}
+
+
+def test_a_gpu_belongs_to_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "network_device", lambda network: torch.device("cuda"))
+    segmenter = tiny_segmenter()
+    assert fastest_backend(segmenter, tmp_path) == "torch" and with_backend(segmenter, "auto", tmp_path) is segmenter
+    for backend in ("onnxruntime", "openvino"):
+        with pytest.raises(ValueError, match="computes on the CPU, the networks are on cuda; use the backend 'torch'"):
+            with_backend(segmenter, backend, tmp_path)
 
 
 def test_without_extras_auto_is_pytorch_and_the_error_says_how_to_install(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 
 import cv2
@@ -45,8 +46,8 @@ def smears(tmp_path_factory):
 
 
 @pytest.fixture
-def union_mask(tmp_path, monkeypatch):
-    "Three drawn pictures of one cell, and a pipeline of arithmetic in place of the cli_train."
+def drawn(tmp_path, monkeypatch):
+    "Three drawn pictures of one cell, and a pipeline of arithmetic in place of the networks."
     segmenter = Segmenter(
         lambda x: 40 * (0.35 - x[:, 1:2]),
         {1.75: lambda x: 40 * (0.7 - x[:, 1:2])},
@@ -173,10 +174,13 @@ def test_tiles_give_the_nuclei_of_the_whole(smears):
     size = segmenter.config.nucleus_px * max(field.shape[0] / 768, field.shape[1] / 1024)
     from segpc_nb.nuclei import nuclei_in_tiles
     from segpc_nb.nucleus_size import network_grid
+    from segpc_nb.pipeline import nuclei_of_box
 
     whole = segmenter.nuclei(field, size)
     tiled = nuclei_in_tiles(
-        lambda box, grid: segmenter._nuclei_of(field, box, grid),
+        partial(
+            nuclei_of_box, segmenter.nucleus_network, field, segmenter.config, segmenter.config.nucleus_flips, None
+        ),
         field.shape[:2],
         network_grid(segmenter.config, field.shape[:2], size),
         tile=384,
@@ -331,7 +335,34 @@ def test_two_workers_with_the_usual_options_give_the_same(smears, tmp_path):
 def test_a_worker_names_a_bad_picture(drawn, tmp_path):
     (tmp_path / "torn.png").write_bytes(b"no picture")
     batch._worker_segmenter.cache_clear()
-    assert "torn.png" in predict_picture(WANTED, tmp_path / "out", tmp_path / "torn.png", 0)
-    entry = predict_picture(WANTED, tmp_path / "out", drawn[0], 0)
+    assert "torn.png" in predict_picture(WANTED, tmp_path / "out", tmp_path / "torn.png", 0).error
+    entry = predict_picture(WANTED, tmp_path / "out", drawn[0], 0).entry
     batch._worker_segmenter.cache_clear()
     assert entry["picture"] == "0" and len(entry["cells"]) == 1 and json.loads(json.dumps(entry)) == entry
+
+
+def test_a_picture_replaced_while_it_is_predicted_is_predicted_again(drawn, tmp_path, monkeypatch):
+    real, first = batch.write_prediction, drawn[0].read_bytes()
+
+    def replaced(options, out, picture, cells):
+        if picture.path == drawn[0]:
+            drawn[0].write_bytes(drawn[1].read_bytes())
+        return real(options, out, picture, cells)
+
+    monkeypatch.setattr(batch, "write_prediction", replaced)
+    assert list(predict_pictures(drawn, tmp_path / "out").cells) == ["0", "1", "2"]
+    monkeypatch.undo()
+    assert drawn[0].read_bytes() != first
+
+
+def test_what_version_0_1_wrote_counts_as_done(drawn, tmp_path):
+    "Keys and lines of the journal stay as they were."
+    options = PredictOptions(bundle=tmp_path / "nothing")
+    assert options.key == "bf70edd96df3a849"  # of version 0.1: the paper's selection, size estimated, an empty bundle
+    assert PredictOptions(bundle=tmp_path / "nothing", nucleus_px=50.0, min_score=0.5).key == "ae384f616d003e56"
+    predict_pictures(drawn, tmp_path / "out", options)
+    line = json.loads((tmp_path / "out" / "predicted.jsonl").read_text().splitlines()[0])
+    assert list(line) == ["picture", "file", "key", "way", "slide", "cells"]
+    about = drawn[int(line["picture"])].stat()
+    assert line["file"] == [about.st_size, about.st_mtime_ns]
+    assert predict_pictures(drawn, tmp_path / "out", options).skipped == ["0", "1", "2"]

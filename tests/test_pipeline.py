@@ -40,7 +40,7 @@ def coloured_is_cell(crops):
 SEGMENTER = Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), CONFIG, pixels=3 * 48 * 48)
 
 
-def union_mask(rng, shape=(192, 256), cells=4):
+def drawn(rng, shape=(192, 256), cells=4):
     "A picture with discs in discs, apart from each other, and what was drawn."
     image, truth = np.full((*shape, 3), (232, 215, 225), np.uint8), []
     rows, columns = np.mgrid[: shape[0], : shape[1]] / (shape[0] / 96)
@@ -63,7 +63,7 @@ def union_mask(rng, shape=(192, 256), cells=4):
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([(96, 128), (144, 192), (288, 384)]))
 def test_drawn_cells_are_found_at_every_size_of_picture(seed, shape):
-    image, truth = union_mask(np.random.default_rng(seed), shape)
+    image, truth = drawn(np.random.default_rng(seed), shape)
     nuclei = SEGMENTER.nuclei(image)
     assert len(nuclei) == len(truth)
     cells = SEGMENTER.segment(image)
@@ -79,7 +79,7 @@ def test_drawn_cells_are_found_at_every_size_of_picture(seed, shape):
 @given(st.integers(0, 1000), st.tuples(*[st.floats(-1, 4)] * 3), st.floats(0, 1))
 def test_lazy_evaluation_gives_the_same_cells(seed, upper, min_score):
     rng = np.random.default_rng(seed)
-    image, _ = union_mask(rng)
+    image, _ = drawn(rng)
     config = BundleConfig((96, 128), SCALES, (48, 48, 64, 64), upper, min_score=min_score)
     segmenter = Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), config)
     nuclei = [
@@ -87,7 +87,7 @@ def test_lazy_evaluation_gives_the_same_cells(seed, upper, min_score):
     ]  # some can't reach the least score
     candidates = segmenter.candidates(image, nuclei)
     for select in SELECTIONS:
-        lazy, eager = segmenter.segment(image, select, nuclei), aggregate(candidates, select, config)
+        lazy, eager = segmenter.segment(image, select, nuclei=nuclei), aggregate(candidates, select, config)
         assert [(c.id, c.scale, c.bbox, c.score) for c in lazy] == [(c.id, c.scale, c.bbox, c.score) for c in eager]
         assert all(
             np.array_equal(a.nucleus, b.nucleus) and np.array_equal(a.cytoplasm, b.cytoplasm)
@@ -99,12 +99,12 @@ def test_nuclei_below_the_least_score_are_not_shown_to_stage_two():
     def unasked(crops):
         raise AssertionError("asked about a nucleus that can't be reported")
 
-    image, _ = union_mask(np.random.default_rng(0))
+    image, _ = drawn(np.random.default_rng(0))
     segmenter = Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, unasked), replace(CONFIG, min_score=0.5))
     doubtful = [replace(nucleus, score=0.4) for nucleus in segmenter.nuclei(image)]
-    assert [segmenter.segment(image, select, doubtful) for select in ("paper", "fuse", "nms")] == [[], [], []]
+    assert [segmenter.segment(image, select, nuclei=doubtful) for select in ("paper", "fuse", "nms")] == [[], [], []]
     with pytest.raises(AssertionError, match="can't be reported"):
-        segmenter.segment(image, "keep-all", doubtful)
+        segmenter.segment(image, "keep-all", nuclei=doubtful)
 
 
 def test_later_scales_are_asked_only_about_refused_nuclei():
@@ -117,7 +117,7 @@ def test_later_scales_are_asked_only_about_refused_nuclei():
 
         return network
 
-    image, truth = union_mask(np.random.default_rng(0))
+    image, truth = drawn(np.random.default_rng(0))
     config = BundleConfig((96, 128), SCALES, (48,) * 4, (9.0, 9.0, 9.0))
     Segmenter(dark_is_nucleus, {scale: counting(scale) for scale in SCALES}, config).segment(image)
     assert list(asked.values()) == [len(truth), 0, 0, 0]
@@ -126,11 +126,12 @@ def test_later_scales_are_asked_only_about_refused_nuclei():
 @pytest.mark.parametrize("select", SELECTIONS)
 def test_a_picture_without_nuclei_has_no_cells(select):
     assert SEGMENTER.segment(np.full((50, 60, 3), 230, np.uint8), select) == []
-    assert SEGMENTER.candidates(np.full((50, 60, 3), 230, np.uint8)) == []
+    blank = np.full((50, 60, 3), 230, np.uint8)
+    assert SEGMENTER.candidates(blank, SEGMENTER.nuclei(blank)) == []
 
 
 def test_given_nuclei_are_used_and_their_cytoplasm_is_not():
-    image, truth = union_mask(np.random.default_rng(1))
+    image, truth = drawn(np.random.default_rng(1))
     cells = SEGMENTER.segment(image, nuclei=truth)
     assert [cell.id for cell in cells] == [cell.id for cell in truth]
     assert np.diag(iou_table(truth, cells, "nucleus")).min() == 1
@@ -139,9 +140,11 @@ def test_given_nuclei_are_used_and_their_cytoplasm_is_not():
 
 
 def test_batches_do_not_matter_and_scales_stay_in_order():
-    image, truth = union_mask(np.random.default_rng(2))
+    image, truth = drawn(np.random.default_rng(2))
     one, many = (
-        Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), CONFIG, size).candidates(image)
+        Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, coloured_is_cell), CONFIG, size).candidates(
+            image, SEGMENTER.nuclei(image)
+        )
         for size in (1, 64)
     )
     assert [[c.scale for c in scales] for scales in one] == [list(SCALES)] * len(truth)
@@ -233,10 +236,10 @@ def test_what_is_no_picture_is_refused(wrong):
 
 
 def test_broken_networks_are_noticed():
-    image, truth = union_mask(np.random.default_rng(1))
+    image, truth = drawn(np.random.default_rng(1))
     with pytest.raises(ValueError, match="NaN"):
         Segmenter(lambda images: images[:, :1] * np.nan, {}, BundleConfig((96, 128))).nuclei(image)
-    with pytest.raises(ValueError, match="answer of shape"):
+    with pytest.raises(ValueError, match="output of shape"):
         Segmenter(dark_is_nucleus, dict.fromkeys(SCALES, lambda crops: crops), CONFIG).segment(image, nuclei=truth)
     with pytest.raises(ValueError, match="one network per scale"):
         Segmenter(dark_is_nucleus, {0.5: coloured_is_cell}, CONFIG)
@@ -281,7 +284,7 @@ def test_a_bundle_read_again_gives_the_same_cells(tmp_path):
     first.save_bundle(tmp_path / "bundle")
     again = Segmenter.from_bundle(tmp_path / "bundle")
     assert again.config == CONFIG
-    image, truth = union_mask(np.random.default_rng(4))
+    image, truth = drawn(np.random.default_rng(4))
     for a, b in zip(chain(*first.candidates(image, truth)), chain(*again.candidates(image, truth))):
         assert np.array_equal(a.probability, b.probability)
 
@@ -297,7 +300,7 @@ def test_networks_saved_to_give_probabilities_give_the_same_cells(tmp_path):
         file.write_text(json.dumps(saved), encoding="utf-8")
     assert load_network(tmp_path / "nucleus").activation == "sigmoid"
     again = load_bundle(tmp_path)
-    image, truth = union_mask(np.random.default_rng(4))
+    image, truth = drawn(np.random.default_rng(4))
     assert [(cell.bbox, cell.area) for cell in again.nuclei(image)] == [
         (cell.bbox, cell.area) for cell in first.nuclei(image)
     ]

@@ -130,18 +130,18 @@ def test_a_network_on_a_device_is_found_through_its_memory(segmenter):
 
 
 def test_the_look_is_what_the_pipeline_gives(segmenter):
-    look = inspect(segmenter, smear(), (45, 35))
+    inspection = inspect(segmenter, smear(), (45, 35))
     assert (
-        same(look.cells, segmenter.segment(smear()))
-        and len(look.cells) == 3
-        and look.chosen.id == nucleus_at(look.nuclei, (44, 36)).id
+        same(inspection.cells, segmenter.segment(smear()))
+        and len(inspection.cells) == 3
+        and inspection.chosen.id == nucleus_at(inspection.nuclei, (44, 36)).id
     )
-    (cell,) = select_by_ratio([look.candidates], CONFIG.upper_ratios)
-    table = scale_table(look.candidates, CONFIG)
+    (cell,) = select_by_ratio([inspection.candidates], CONFIG.upper_ratios)
+    table = scale_table(inspection.candidates, CONFIG)
     assert table.scale[table.picked].tolist() == [cell.scale] and table.picked.sum() == 1
-    assert f"scale {cell.scale} is picked" in explain(look)
+    assert f"scale {cell.scale} is picked" in explain(inspection)
     assert table.accepted.tolist() == [
-        candidate.cell.ratio <= limit for candidate, limit in zip(look.candidates, (0.8, 4.0, np.inf))
+        candidate.cell.ratio <= limit for candidate, limit in zip(inspection.candidates, (0.8, 4.0, np.inf))
     ]
 
 
@@ -182,17 +182,17 @@ def test_the_nucleus_of_a_place():
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layer_draws_something(segmenter, layer):
-    look = inspect(segmenter, smear())
+    inspection = inspect(segmenter, smear())
     bare, drawn = (
-        pixels(draw_png(lambda ax: show_layers(look, layers, ax), (60, 80), 240)) for layers in ((), (layer,))
+        pixels(draw_png(lambda ax: show_layers(inspection, layers, ax), (60, 80), 240)) for layers in ((), (layer,))
     )
     assert bare.shape == drawn.shape == (180, 240, 3) and (bare != drawn).any()
 
 
 def test_a_picture_without_nuclei(segmenter):
-    look = inspect(segmenter, np.full((60, 80, 3), 230, np.uint8))
-    assert (look.nuclei, look.cells, look.chosen, pyramid_html(look)) == ([], [], None, "")
-    assert pixels(draw_png(lambda ax: show_layers(look, LAYERS, ax), (60, 80), 80)).min() == 230
+    inspection = inspect(segmenter, np.full((60, 80, 3), 230, np.uint8))
+    assert (inspection.nuclei, inspection.cells, inspection.chosen, pyramid_html(inspection)) == ([], [], None, "")
+    assert pixels(draw_png(lambda ax: show_layers(inspection, LAYERS, ax), (60, 80), 80)).min() == 230
 
 
 def test_sliders_hold_numbers_beyond_the_usual():
@@ -260,7 +260,7 @@ def test_the_chosen_nucleus_stays_when_numbers_change(segmenter):
 def test_a_click_chooses(segmenter):
     viewer = Viewer(segmenter, {"a": smear()}, side=300)
     viewer.click._dom_handlers({"dataX": 35 / 80 * 300, "dataY": 45 / 60 * 225})
-    assert viewer.nucleus.value == nucleus_at(viewer.look.nuclei, (45, 35)).id == 3
+    assert viewer.nucleus.value == nucleus_at(viewer.inspection.nuclei, (45, 35)).id == 3
 
 
 def test_bad_pictures_are_told_and_left(segmenter, tmp_path):
@@ -311,7 +311,9 @@ def test_the_app_opens_what_it_is_given(segmenter, monkeypatch, tmp_path):
     assert len(open_app(monkeypatch, tmp_path / "bundle", "").id.options) == 3
     write_image(tmp_path / "pictures" / "7.bmp", smear())
     app = open_app(monkeypatch, tmp_path / "bundle", tmp_path / "pictures")
-    assert app.id.options == ("7.bmp",) and same(app.look.cells, load_bundle(tmp_path / "bundle").segment(smear()))
+    assert app.id.options == ("7.bmp",) and same(
+        app.inspection.cells, load_bundle(tmp_path / "bundle").segment(smear())
+    )
     assert "holds no bundle" in open_app(monkeypatch, tmp_path / "none", "").value
     assert "no such file or folder" in open_app(monkeypatch, tmp_path / "bundle", tmp_path / "none").value
 
