@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from segpc_nb.models import AttentionDeepLabV3Plus, BranchAttention, UNet, build_network, load_network, save_network
+from segpc_nb.layers import BranchAttention
+from segpc_nb.models import AttentionDeepLabV3Plus, UNet, build_network, load_network, save_network
 
 SMALL = {
     "unet": {"name": "unet", "widths": (4, 8)},
