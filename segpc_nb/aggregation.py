@@ -103,7 +103,7 @@ def zero_outside(
     rows, columns = [(center >= 0) & (center < side) for center, side in zip(centers, shape)]
     return probability * (rows[:, None] & columns[None])
 
-# %% ../nbs/29_aggregation.ipynb #f1f0da49
+# %% ../nbs/29_aggregation.ipynb #78253e3f
 def _cell_of_enlarged(region: RegionProbability, threshold: float) -> Cell:
     "Bring the probability to the picture's pixels, then cut it."
     probability, box = paste_region(region.probability, region.box, region.shape)
@@ -132,7 +132,7 @@ def _cell_of_shrunk(region: RegionProbability, threshold: float) -> Cell:
 
 def cell_from_probability(
     region: RegionProbability,
-    threshold: float = 0.5,  # a cell ends at this fraction of the probability on its nucleus; the released code: 0.48 of 1
+    threshold: float = 0.5,  # the cell ends at this fraction of the probability on its nucleus
 ) -> Cell:  # with the id of the nucleus, the scale of the region, and a score
     "Cut a probability where the cell of its nucleus ends."
     return (_cell_of_enlarged if region.is_enlarged else _cell_of_shrunk)(region, threshold)

@@ -24,28 +24,23 @@ def split_touching(
     mask: np.ndarray,  # (h, w) bool
 ) -> np.ndarray:  # (h, w) int32 labels, 0 background
     "Label the components of a mask, cut at their waists."
-    distance = np.minimum(
-        cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5), max(mask.shape)
-    )  # infinite where all is mask
-    distance = cv2.GaussianBlur(distance, (0, 0), 1)
+    distance = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
+    distance = cv2.GaussianBlur(np.minimum(distance, max(mask.shape)), (0, 0), 1)  # infinite where all is mask
     _, components = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
     places, labels, count = find_objects(components), np.zeros(mask.shape, np.int32), 0
-    apart = max(
-        1, round(0.8 * float(np.median([distance[place].max() for place in places] or [1])))
-    )  # least distance of two peaks, px
+    radius = float(np.median([distance[place].max() for place in places] or [1]))  # of a typical nucleus, px
+    apart = max(1, round(0.8 * radius))  # least distance of two peaks, px
     around = np.ones((2 * apart + 1,) * 2, np.uint8)
     for number, place in enumerate(places, 1):
         own = components[place] == number
-        height, pieces = distance[place] * own, own.astype(np.int32)
+        height, parts = distance[place] * own, own.astype(np.int32)
         if np.count_nonzero(own & (height == cv2.dilate(height, around))) > 1:
-            peaks, seeds = (
-                peak_local_max(height, min_distance=apart, threshold_abs=0, exclude_border=False),
-                np.zeros_like(pieces),
-            )
+            peaks = peak_local_max(height, min_distance=apart, threshold_abs=0, exclude_border=False)
+            seeds = np.zeros_like(parts)
             seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
-            pieces = watershed(-height, seeds, mask=own)
-        labels[place][own] = pieces[own] + count
-        count += pieces.max()
+            parts = watershed(-height, seeds, mask=own)
+        labels[place][own] = parts[own] + count
+        count += parts.max()
     return labels
 
 # %% ../nbs/22_nuclei.ipynb #1afc34aa
@@ -54,25 +49,24 @@ def nucleus_surface(
     labels: np.ndarray,  # (h, w) int, 0 background
     number: int,  # label of the nucleus
     threshold: float,  # least probability of a nucleus
-) -> np.ndarray:  # (h, w) float32, above 0 on the nucleus, crossing 0 at its border
-    "Where one nucleus ends: where the probability falls to half of its median, or to the threshold."
+) -> np.ndarray:  # (h, w) float32, above 0 on the nucleus, below 0 elsewhere
+    "The surface whose zero line is the outline of one nucleus."
     own = labels == number
     level = max(threshold, float(np.median(probability[own])) / 2)
     if level > threshold:
         above = (own & (probability > level)).astype(np.uint8)
-        _, pieces, stats, _ = cv2.connectedComponentsWithStats(
-            cv2.morphologyEx(above, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
-        )
-        own = fill_holes(pieces == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()) if len(stats) > 1 else own
+        opened = cv2.morphologyEx(above, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+        _, components, stats, _ = cv2.connectedComponentsWithStats(opened)
+        own = fill_holes(components == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()) if len(stats) > 1 else own
     height = probability - level
-    foreign = np.where((labels > 0) & ~own, -np.abs(height), height)  # another nucleus is as far below as it was above
+    foreign = np.where((labels > 0) & ~own, -np.abs(height), height)  # another nucleus: as far below as it was above
     return signed_surface(np.where(own, height, foreign), own)
 
-
+# %% ../nbs/22_nuclei.ipynb #5f6e1ad5
 def find_nuclei(
     probability: np.ndarray,  # (h, w) float32, 0..1, on the network's grid
-    threshold: float = 0.5,  # above it is nucleus
-    min_area: float = 1.25e-4,  # smallest nucleus, share of the picture
+    threshold: float = 0.5,  # least probability of a nucleus
+    min_area: float = 1.25e-4,  # of the smallest nucleus, as a fraction of the picture
     shape: tuple[int, int] | None = None,  # (H, W) of the picture; None for the grid itself
     split: bool = False,  # cut nuclei that touch at their waist
     unlabeled: float = 0.0,  # mean probability at which the score is 0, see `TrainConfig.unlabeled`
@@ -103,9 +97,7 @@ SLACK = 2  # px of the grid by which a core reaches over its seams
 
 
 def nuclei_in_tiles(
-    find: Callable[
-        [tuple, tuple], list[Cell]
-    ],  # nuclei of a box (top, left, bottom, right) of the picture, on a grid (h, w)
+    find: Callable[[tuple, tuple], list[Cell]],  # nuclei of a box (top, left, bottom, right) on a grid (h, w)
     shape: tuple[int, int],  # (H, W) of the picture
     grid: tuple[int, int],  # (h, w) the whole picture would have
     tile: int = TILE,  # side of a core, px of the grid
@@ -115,13 +107,11 @@ def nuclei_in_tiles(
     factors, kept = np.divide(shape, grid), []
     for core in product(range(0, grid[0], tile), range(0, grid[1], tile)):
         start, stop = np.maximum(np.subtract(core, halo), 0), np.minimum(np.add(core, tile + halo), grid)
-        top, left, bottom, right = box = (
-            *np.round(start * factors).astype(int).tolist(),
-            *np.round(stop * factors).astype(int).tolist(),
-        )
+        top, left = np.round(start * factors).astype(int).tolist()
+        bottom, right = np.round(stop * factors).astype(int).tolist()
         low, high = (np.array(core) - SLACK) * factors, (np.array(core) + tile + SLACK) * factors
         found = []
-        for cell in find(box, tuple((stop - start).tolist())):
+        for cell in find((top, left, bottom, right), tuple((stop - start).tolist())):
             place = cell.bbox[0] + top, cell.bbox[1] + left, cell.bbox[2] + top, cell.bbox[3] + left
             middle = np.add(place[:2], place[2:]) / 2
             if (low <= middle).all() and (middle < high).all():

@@ -39,7 +39,7 @@ def picture_window(
     image: np.ndarray,  # (H, W, C) uint8
     box: tuple[int, int, int, int],  # top, left, bottom, right; px, may stick out anywhere
 ) -> np.ndarray:  # (h, w, C) uint8, zero outside the picture
-    "What a box sees of a picture."
+    "The part of a picture inside a box, with zeros outside the picture."
     top, left, bottom, right = box
     height, width = image.shape[:2]
     inside = image[max(0, min(top, height)) : max(0, bottom), max(0, min(left, width)) : max(0, right)]
@@ -54,12 +54,12 @@ def picture_window(
 
 def crop_regions(
     image: np.ndarray,  # (H, W, 3) uint8 RGB
-    nuclei: list[Cell],  # their nuclei count, whatever else they hold
+    nuclei: list[Cell],  # only their nuclei are used
     scale: float,  # the crop is (1 + scale) times the nucleus
     size: int,  # side of the square that comes out, px
-    margin: float = 0.0,  # more of the surroundings on every side, share of `size`
+    margin: float = 0.0,  # more of the surroundings on every side, as a fraction of `size`
 ) -> tuple[np.ndarray, list]:  # (n, 4, side, side) uint8 RGB 0..255 and nucleus 0/1; the n boxes
-    "Cut one region per nucleus and squeeze it to a square; side = size + 2 * round(margin * size)."
+    "Cut one region per nucleus and resize it to a square; side = size + 2 * round(margin * size)."
     pad = round(margin * size)
     side = size + 2 * pad
     crops, boxes = np.empty((len(nuclei), 4, side, side), np.uint8), []

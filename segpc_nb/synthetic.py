@@ -25,7 +25,7 @@ def wobbly_disc(
     rng: np.random.Generator,
     radius: float,  # mean, px
     stretch: float = 1.0,  # long axis by short axis
-    roughness: float = 0.05,  # wobble of the outline, share of the radius
+    roughness: float = 0.05,  # wobble of the outline, as a fraction of the radius
     shift: tuple[float, float] = (0.0, 0.0),  # of the centre, px down and right
     size: int | None = None,  # side of the window, odd; None fits the disc
 ) -> np.ndarray:  # (size, size) float32: 1 inside, 0 outside, soft by a pixel
@@ -61,9 +61,8 @@ def _plasma(rng, kind, unit, size):
     nucleus = wobbly_disc(rng, core, rng.uniform(1.0, 1.2), 0.02, shift, size)
     y, x = np.mgrid[:size, :size] - size // 2
     halo = np.exp(-(np.hypot(y - 0.3 * shift[0], x - 0.3 * shift[1]) ** 2) / (2 * (0.6 * core) ** 2))
-    colour = (
-        np.array([118, 112, 184]) + rng.uniform(0, 1) * np.array([72, 76, 32]) + rng.normal(0, 5, 3)
-    )  # deep blue to very pale
+    deep_blue, paler = np.array([118, 112, 184]), np.array([72, 76, 32])
+    colour = deep_blue + rng.uniform(0, 1) * paler + rng.normal(0, 5, 3)
     cytoplasm = colour + 9 * noise(rng, whole.shape, 8 * unit)[..., None] + 30 * halo[..., None]
     return nucleus, whole, cytoplasm.astype(np.float32), rng.uniform(0.9, 1.15)
 
@@ -88,15 +87,11 @@ def _granulocyte(rng, kind, unit, size):
     start, bend = rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1.2)
     whole = wobbly_disc(rng, radius, rng.uniform(1.0, 1.2), 0.04, size=size)
     places = [0.42 * radius * np.array([np.sin(start + bend * k), np.cos(start + bend * k)]) for k in range(lobes)]
-    nucleus = np.max(
-        [wobbly_disc(rng, rng.uniform(0.3, 0.42) * radius, 1.1, 0.05, tuple(place), size) for place in places], 0
-    )
-    granules = np.clip(noise(rng, whole.shape, 2.2 * unit) - 0.6, 0, None)
-    cytoplasm = (
-        np.array([205, 170, 200])
-        + rng.normal(0, 8)
-        - np.array([60, 70, 40]) * granules[..., None] * rng.uniform(0.2, 1)
-    )
+    discs = [wobbly_disc(rng, rng.uniform(0.3, 0.42) * radius, 1.1, 0.05, tuple(place), size) for place in places]
+    nucleus = np.max(discs, 0)
+    granules = np.clip(noise(rng, whole.shape, 2.2 * unit) - 0.6, 0, None)[..., None]
+    pink = np.array([205, 170, 200]) + rng.normal(0, 8)
+    cytoplasm = pink - np.array([60, 70, 40]) * granules * rng.uniform(0.2, 1)
     return nucleus, whole, cytoplasm.astype(np.float32), rng.uniform(0.9, 1.1)
 
 # %% ../nbs/12_synthetic.ipynb #bbeeb1a0
@@ -108,27 +103,16 @@ def draw_kind(
     rng: np.random.Generator,
     kind: str,  # one of KINDS
     unit: float = 1.0,  # pixels per pixel of a 512 x 384 picture
-) -> tuple[
-    np.ndarray, np.ndarray, np.ndarray
-]:  # nucleus and whole cell (s, s) float32 0..1; colours (s, s, 3) float32 RGB
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # nucleus, whole cell (s, s) float32 0..1; colours (s, s, 3) float32
     "Draw one cell of a kind in its window."
     size = 2 * int(75 * unit) + 1
-    draw = {
-        "plasma": _plasma,
-        "lymphocyte": _round,
-        "erythroblast": _round,
-        "granulocyte": _granulocyte,
-        "blast": _round,
-    }.get(kind)
-    if draw is None:
+    if kind not in KINDS:
         raise ValueError(f"kind = {kind!r}, allowed: {', '.join(KINDS)}")
+    draw = {"plasma": _plasma, "granulocyte": _granulocyte}.get(kind, _round)
     nucleus, whole, cytoplasm, dark = draw(rng, kind, unit, size)
-    chromatin = (
-        noise(rng, nucleus.shape, rng.uniform(5, 7) * unit)
-        if kind == "plasma"
-        else noise(rng, nucleus.shape, rng.uniform(2, 4) * unit)
-    )
-    stained = (NUCLEUS_COLOUR * dark)[None, None] * (1 + (0.16 if kind == "plasma" else 0.07) * chromatin[..., None])
+    grain, strength = ((5, 7), 0.16) if kind == "plasma" else ((2, 4), 0.07)
+    chromatin = noise(rng, nucleus.shape, rng.uniform(*grain) * unit)
+    stained = (NUCLEUS_COLOUR * dark)[None, None] * (1 + strength * chromatin[..., None])
     return nucleus, np.maximum(whole, nucleus), cytoplasm + nucleus[..., None] * (stained - cytoplasm)
 
 # %% ../nbs/12_synthetic.ipynb #3222e4d0
@@ -142,25 +126,22 @@ def paint(
     half = alpha.shape[0] // 2
     top, left = round(centre[0]) - half, round(centre[1]) - half
     box = (top, left, top + alpha.shape[0], left + alpha.shape[1])
-    rows, columns = (
-        slice(max(0, -top), max(0, min(alpha.shape[0], canvas.shape[0] - top))),
-        slice(max(0, -left), max(0, min(alpha.shape[1], canvas.shape[1] - left))),
-    )
+    rows = slice(max(0, -top), max(0, min(alpha.shape[0], canvas.shape[0] - top)))
+    columns = slice(max(0, -left), max(0, min(alpha.shape[1], canvas.shape[1] - left)))
     place = canvas[max(0, top) : max(0, box[2]), max(0, left) : max(0, box[3])]
     colour = np.broadcast_to(colour, (*alpha.shape, 3))[rows, columns]
     place += alpha[rows, columns, None] * (colour - place)
     return box
 
-
+# %% ../nbs/12_synthetic.ipynb #e8e69ce4
 def draw_background(
     rng: np.random.Generator,
     shape: tuple[int, int],  # (H, W) of the picture, px
     unit: float = 1.0,  # pixels per pixel of a 512 x 384 picture
 ) -> np.ndarray:  # (H, W, 3) float32 RGB
     "An empty field with red cells, platelets and dirt."
-    slide = np.array(
-        [(232, 216, 228), (206, 206, 206), (216, 206, 222), (226, 222, 224)][rng.integers(4)], np.float32
-    ) + rng.normal(0, 4, 3)
+    slides = (232, 216, 228), (206, 206, 206), (216, 206, 222), (226, 222, 224)
+    slide = np.array(slides[rng.integers(4)], np.float32) + rng.normal(0, 4, 3)
     y, x = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
     light = 1 + 0.05 * (rng.normal() * x + rng.normal() * y) - 0.03 * (x**2 + y**2)
     canvas = (slide * light[..., None] + 4 * noise(rng, shape, 40 * unit)[..., None]).astype(np.float32)
@@ -170,19 +151,11 @@ def draw_background(
         centre = heaps[rng.integers(len(heaps))] + rng.normal(0, 55 * unit, 2)
         disc = wobbly_disc(rng, rng.uniform(19, 26) * unit, rng.uniform(1, 1.4), 0.03)
         paler = cv2.GaussianBlur(wobbly_disc(rng, 9 * unit, size=disc.shape[0]), (0, 0), 5 * unit)
-        paint(
-            canvas,
-            centre,
-            0.85 * disc,
-            (erythrocyte + rng.normal(0, 3) + 22 * rng.uniform() * paler[..., None]).astype(np.float32),
-        )
+        colour = erythrocyte + rng.normal(0, 3) + 22 * rng.uniform() * paler[..., None]
+        paint(canvas, centre, 0.85 * disc, colour.astype(np.float32))
     for _ in range(rng.integers(2, 14)):
-        paint(
-            canvas,
-            rng.uniform(0, 1, 2) * shape,
-            wobbly_disc(rng, rng.uniform(1.5, 4) * unit, 1.2, 0.1),
-            NUCLEUS_COLOUR + rng.normal(40, 15),
-        )
+        centre, speck = rng.uniform(0, 1, 2) * shape, wobbly_disc(rng, rng.uniform(1.5, 4) * unit, 1.2, 0.1)
+        paint(canvas, centre, speck, NUCLEUS_COLOUR + rng.normal(40, 15))
     return canvas
 
 # %% ../nbs/12_synthetic.ipynb #8902bc81
@@ -206,7 +179,7 @@ def place_cells(
                 break
     return [placed[i] for i in rng.permutation(len(placed))]
 
-
+# %% ../nbs/12_synthetic.ipynb #e4ebe827
 def draw_cells(
     rng: np.random.Generator,
     canvas: np.ndarray,  # (H, W, 3) float32 RGB from `draw_background`, changed
@@ -284,16 +257,14 @@ def make_dataset(
         for k, cell in enumerate(cells, 1):
             mask = mask_from_cell(cell, image.shape[:2])
             number, suffix = (k + (k > 1 and index % 10 == 3)), ".png" if index % 10 else ".bmp"
-            write_image(
-                out / "train" / "y" / f"{path.stem}_{number}{suffix}",
-                np.repeat(mask[..., None], 3, 2) if index % 10 == 5 else mask,
-            )
+            mask = np.repeat(mask[..., None], 3, 2) if index % 10 == 5 else mask
+            write_image(out / "train" / "y" / f"{path.stem}_{number}{suffix}", mask)
         write_image(path, image)
     write_bytes(done, json.dumps(plan).encode())
     (out / "synthetic-plan.json").unlink()
     return out
 
-
+# %% ../nbs/12_synthetic.ipynb #9b579cff
 def default_data(
     pictures: int = 40,  # size of the synthetic set
     seed: int = 0,  # of the synthetic set

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from segpc_nb.models import AttentionDeepLabV3Plus, BranchAttention, UNet, build_network, load_network, save_network
+from segpc_nb.layers import BranchAttention
+from segpc_nb.models import AttentionDeepLabV3Plus, UNet, build_network, load_network, save_network
 
 SMALL = {
     "unet": {"name": "unet", "widths": (4, 8)},
@@ -44,7 +45,7 @@ def network(request):
     return build_network(**SMALL[request.param])
 
 
-def answer(network, images):
+def predict(network, images):
     with torch.inference_mode():
         return network.eval()(images)
 
@@ -62,9 +63,9 @@ def test_every_parameter_learns(network):
 
 def test_crops_do_not_see_each_other(network):
     images = torch.rand(3, channels(network), 64, 96)
-    together = answer(network, images)
+    together = predict(network, images)
     assert together.shape == (3, 1, 64, 96)
-    torch.testing.assert_close(together[1:2], answer(network, images[1:2]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[1:2], predict(network, images[1:2]), rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=8, deadline=None)
@@ -72,7 +73,7 @@ def test_crops_do_not_see_each_other(network):
 def test_any_multiple_of_sixteen(rows, columns):
     size = 16 * rows, 16 * columns
     for name in ("deeplab", "paper-head"):
-        assert answer(build_network(**SMALL[name]), torch.zeros(1, 4, *size)).shape == (1, 1, *size)
+        assert predict(build_network(**SMALL[name]), torch.zeros(1, 4, *size)).shape == (1, 1, *size)
 
 
 @pytest.mark.parametrize("size", ((100, 96), (96, 8), (17, 17)))
@@ -88,16 +89,16 @@ def test_probabilities_are_the_sigmoid_of_the_logits(name, tmp_path):
     network = build_network(**SMALL[name], activation="sigmoid")
     images = torch.rand(2, channels(network), 64, 64)
     save_network(network, tmp_path)
-    probability, logits = answer(load_network(tmp_path), images), answer(load_network(tmp_path, logits=True), images)
+    probability, logits = predict(load_network(tmp_path), images), predict(load_network(tmp_path, logits=True), images)
     assert 0 <= probability.min() and probability.max() <= 1
     torch.testing.assert_close(logits.sigmoid(), probability, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(answer(network, images), probability)
+    torch.testing.assert_close(predict(network, images), probability)
 
 
 def test_paper_head_survives_saturation():
     network = build_network(**SMALL["paper-head"])
     network.segmentation_head[-1].bias.data[:] = 40.0
-    logits = answer(network, torch.rand(1, 4, 32, 32))
+    logits = predict(network, torch.rand(1, 4, 32, 32))
     assert torch.isfinite(logits).all() and logits.min() > 16
 
 
@@ -112,7 +113,7 @@ def test_round_trip(network, tmp_path):
     save_network(network, tmp_path / "a" / "b")
     again = load_network(tmp_path / "a" / "b")
     assert not again.training and type(again) is type(network)
-    assert torch.equal(answer(again, images), answer(network, images))
+    assert torch.equal(predict(again, images), predict(network, images))
     save_network(again, tmp_path / "c")
     assert load_file(tmp_path / "c" / "model.safetensors").keys() == network.state_dict().keys()
 
@@ -124,7 +125,7 @@ def test_half_is_half_the_size_and_nearly_the_same(tmp_path):
     sizes = [(tmp_path / str(half) / "model.safetensors").stat().st_size for half in (False, True)]
     assert sizes[1] < 0.6 * sizes[0]
     torch.testing.assert_close(
-        answer(load_network(tmp_path / "True"), images), answer(network, images), rtol=0.05, atol=0.02
+        predict(load_network(tmp_path / "True"), images), predict(network, images), rtol=0.05, atol=0.02
     )
 
 
@@ -134,9 +135,9 @@ def test_pretrained_form_round_trip(name, tmp_path):
     images = torch.rand(1, channels(network), 64, 64)
     network.save_pretrained(tmp_path / "hub")
     again = type(network).from_pretrained(tmp_path / "hub").eval()
-    assert torch.equal(answer(again, images), answer(network, images))
+    assert torch.equal(predict(again, images), predict(network, images))
     save_network(again, tmp_path / "ours")
-    assert torch.equal(answer(load_network(tmp_path / "ours"), images), answer(network, images))
+    assert torch.equal(predict(load_network(tmp_path / "ours"), images), predict(network, images))
 
 
 def test_loading_never_reaches_for_the_network(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segpc_nb.cells import cell_from_parts, window
-from segpc_nb.grids import paste_region, resize_image, resize_mask, shrink_image
+from segpc_nb.grids import paste_region, resize_mask
 from segpc_nb.regions import crop_regions, nucleus_box, picture_window, region_box
 from segpc_nb.training_data import CellRegions, match_nuclei
 
@@ -58,51 +58,6 @@ def test_a_resized_region_keeps_place_and_size(cell, scale, size):
     assert values.shape == (inside[2] - inside[0], inside[3] - inside[1]) and np.allclose(values, 1)
     assert inside[0] >= 0 and inside[1] >= 0 and inside[2] <= SHAPE[0] and inside[3] <= SHAPE[1]
     assert crops.shape == (1, 4, size, size) and set(np.unique(crops[:, 3])) <= {0, 1}
-
-
-@pytest.mark.parametrize("factor", [2, 3, 5])
-def test_shrinking_is_the_mean_and_masks_are_cut_at_half(factor):
-    window_ = np.random.default_rng(1).random((6 * factor, 4 * factor)).astype(np.float32)
-    mean = window_.reshape(6, factor, 4, factor).mean((1, 3))
-    assert np.allclose(resize_image(window_, (6, 4)), mean, atol=1e-5)
-    assert resize_mask(np.repeat(np.repeat(mean > 0.5, factor, 0), factor, 1), (6, 4)).tolist() == (mean > 0.5).tolist()
-
-
-def shares(sides, count):
-    "What share of an output row each source row makes up, (count, sides)."
-    edges, rows = np.arange(count + 1) * sides / count, np.arange(sides)
-    return np.clip(np.minimum(edges[1:, None], rows + 1) - np.maximum(edges[:-1, None], rows), 0, None) * count / sides
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(8, 24), st.floats(1, 9), st.floats(1, 9))
-def test_large_regions_are_averaged_too_and_smaller_ones_exactly_as_ever(side, down, right):
-    rows, columns = np.mgrid[: int(side * down), : int(side * right)]
-    region = (
-        np.stack([128 + 120 * np.sin(rows / 19) * np.cos(columns / 23 + phase) for phase in range(3)], 2)
-        .round()
-        .astype(np.uint8)
-    )
-    crop = shrink_image(region, (side, side))
-    assert (crop.shape, crop.dtype) == ((side, side, 3), np.uint8)
-    if min(region.shape[:2]) < 4 * side:
-        assert np.array_equal(crop, resize_image(region, (side, side)))
-    else:
-        mean = np.einsum(
-            "ih,hwc,jw->ijc", shares(region.shape[0], side), region, shares(region.shape[1], side), optimize=True
-        )
-        away = np.abs(crop - mean)
-        assert away[:-1, :-1].mean() < 0.7 and away[:-1, :-1].max() < 3
-        assert away.max() < 16  # the last row and column lack up to 3 px of 8
-
-
-@pytest.mark.parametrize("factor", [4, 8, 12])
-def test_halving_changes_no_more_than_rounding_where_pixels_fit(factor):
-    region = np.random.default_rng(2).integers(0, 256, (20 * factor, 16 * factor, 3)).astype(np.uint8)
-    mean = region.reshape(20, factor, 16, factor, 3).mean((1, 3))
-    assert np.abs(shrink_image(region, (20, 16)) - mean).max() < 0.5 * np.log2(factor) + 0.5
-    half = np.repeat(np.repeat(mean[..., 0] > 128, factor, 0), factor, 1)
-    assert np.array_equal(resize_mask(half, (20, 16)), mean[..., 0] > 128)
 
 
 def test_the_nucleus_decides_the_region_not_the_cell():
