@@ -7,7 +7,7 @@ OUT ?= runs/$(PRESET)
 BIN := .venv/bin
 absolute = $(if $(1),$(if $(filter /%,$(1)),,$(CURDIR)/)$(1))
 
-.PHONY: help setup reproduce test test-slow sync readme docs bundle lab viewer clean
+.PHONY: help setup reproduce test test-slow sync format readme docs bundle lab viewer clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,11 @@ test-slow: setup  ## the slow tests
 
 sync: setup  ## are notebooks clean, and do the modules stand as the notebooks export them?
 	$(BIN)/python tests/check_sync.py
+
+format: setup  ## notebooks and tests formatted, modules exported, notebooks cleaned
+	$(BIN)/ruff format --quiet nbs tests docs
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
 
 readme: setup  ## README.md from nbs/index.ipynb
 	$(BIN)/python nbs/readme.py

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SELECT', 'EXPORTS', 'TRAINING', 'PRESET', 'BACKENDS', 'SHELLS', 'EXAMPLES', 'RESULTS', 'command_parser',
-           'data_parsers', 'network_parsers', 'result_parsers', 'PrintCompletion', 'make_parser', 'run_command', 'main']
+           'data_parsers', 'network_parsers', 'predict_parser', 'result_parsers', 'PrintCompletion', 'make_parser',
+           'run_command', 'main']
 
 # %% ../nbs/65_cli.ipynb #7b37b8ad
 import argparse
@@ -82,7 +83,7 @@ def command_parser(
         parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
-# %% ../nbs/65_cli.ipynb #7fea14f9
+# %% ../nbs/65_cli.ipynb #4e5bf95a
 def data_parsers() -> dict[str, ArgumentParser]:
     "Commands of the chapters on the doctor and on data."
     commands = {"doctor": command_parser(doctor, json_too=True)}
@@ -115,7 +116,7 @@ def data_parsers() -> dict[str, ArgumentParser]:
     )
     return commands
 
-
+# %% ../nbs/65_cli.ipynb #6b8faf53
 def network_parsers() -> dict[str, ArgumentParser]:
     "Commands of the chapter on networks."
     commands = {}
@@ -199,12 +200,10 @@ def network_parsers() -> dict[str, ArgumentParser]:
     )
     return commands
 
-# %% ../nbs/65_cli.ipynb #7ddc8839
-def result_parsers() -> dict[str, ArgumentParser]:
-    "Commands of the chapter on pictures and results."
-    pred = {"type": Path, "required": True, "metavar": "OUT", "help": "folder of predictions"}
-    commands = {}
-    commands["predict"] = parser = command_parser(predict, json_too=True)
+# %% ../nbs/65_cli.ipynb #7d9938b0
+def predict_parser() -> ArgumentParser:
+    "The command that predicts pictures."
+    parser = command_parser(predict, json_too=True)
     parser.add_argument(
         "pictures", type=Path, nargs="+", metavar="PICTURE_OR_FOLDER", help="pictures, or folders of pictures"
     )
@@ -254,6 +253,13 @@ def result_parsers() -> dict[str, ArgumentParser]:
         help="dask scheduler whose workers predict; local starts them here",
     )
     parser.add_argument("--redo", action="store_true", help="also pictures that were done before")
+    return parser
+
+# %% ../nbs/65_cli.ipynb #ec4b7f8d
+def result_parsers() -> dict[str, ArgumentParser]:
+    "Commands of the chapter on pictures and results."
+    pred = {"type": Path, "required": True, "metavar": "OUT", "help": "folder of predictions"}
+    commands = {"predict": predict_parser()}
     commands["evaluate"] = parser = command_parser(evaluate, json_too=True)
     parser.add_argument("--truth", type=Path, required=True, metavar="FOLDER", help="holds y/ with the annotation")
     parser.add_argument(

@@ -118,7 +118,7 @@ def max_difference(
             differences.append((network(images).float().sigmoid() - other(images).float().sigmoid()).abs().max())
     return float(torch.stack(differences).max())
 
-# %% ../nbs/44_runtimes.ipynb #3f5d68a6
+# %% ../nbs/44_runtimes.ipynb #05f3f2b6
 class Bfloat16Network(torch.nn.Module):
     "A network that computes in bfloat16 where that is safe."
 
@@ -134,7 +134,7 @@ class Bfloat16Network(torch.nn.Module):
         with torch.autocast(images.device.type, torch.bfloat16):
             return self.network(images).float()
 
-# %% ../nbs/44_runtimes.ipynb #950d726d
+
 class OnnxRuntimeNetwork:
     "A network in ONNX Runtime."
 
@@ -152,7 +152,7 @@ class OnnxRuntimeNetwork:
         (logits,) = self.session.run(None, {"images": np.ascontiguousarray(images.numpy())})
         return torch.from_numpy(logits)
 
-# %% ../nbs/44_runtimes.ipynb #544c7dc2
+
 class OpenVinoNetwork:
     "A network in OpenVINO."
 
@@ -174,7 +174,7 @@ class OpenVinoNetwork:
         with self.lock:  # it has one place for its answer
             return torch.from_numpy(self.compiled(np.ascontiguousarray(images.numpy()))[0])
 
-# %% ../nbs/44_runtimes.ipynb #b077e528
+
 def open_network(
     backend: str,  # one of BACKENDS but "torch"
     network: torch.nn.Module,  # the original

@@ -99,6 +99,32 @@ def test_temporary_folders_end_with_the_notebook(path):
     )
 
 
+def test_numbers_are_unique():
+    numbers = [path.stem[:2] for path in chapters]
+    assert len(numbers) == len(set(numbers)), sorted(number for number in numbers if numbers.count(number) > 1)
+
+
+@pytest.mark.parametrize("path", chapters, ids=lambda path: path.stem)
+def test_a_chapter_imports_lower_numbers_only(path):
+    number = {other.stem.split("_", 1)[1]: other.stem[:2] for other in chapters}
+    code = "\n".join(source(cell) for cell in cells(path) if cell["cell_type"] == "code")
+    for module in re.findall(r"from segpc_nb\.(\w+) import", code):
+        assert number[module] < path.stem[:2], module
+
+
+@pytest.mark.parametrize("path", [*chapters, *runs, root / "nbs" / "index.ipynb"], ids=lambda path: path.stem)
+def test_links_to_notebooks_exist(path):
+    text = "\n".join(source(cell) for cell in cells(path) if cell["cell_type"] == "markdown")
+    for link in re.findall(r"\]\(([^)#:]+\.ipynb)", text):
+        assert (path.parent / link).exists(), link
+
+
+def test_modules_stay_small():
+    lengths = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in modules}
+    assert sorted(lengths.values())[len(lengths) // 2] <= 220, lengths
+    assert max(lengths.values()) <= 430, lengths
+
+
 def test_notebooks_stay_small():
     assert sum(path.stat().st_size for path in chapters + runs) < 6_000_000
 
