@@ -60,7 +60,7 @@ def inline_math(self, node: nodes.Node) -> None:
 
 def display_math(self, node: nodes.Node) -> None:
     "A formula on its own line."
-    self.body.append(convert(node.astext(), display="block"))
+    self.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
     raise nodes.SkipNode
 
 
