@@ -25,8 +25,8 @@ reproduce: setup  ## the whole method: PRESET=smoke|light|paper DATA=folder (def
 
 test: setup sync  ## all fast tests: library, chapters, notebooks in sync
 	$(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow' tests --ignore tests/test_runtimes.py
-	$(BIN)/python -m pytest -q -m 'not slow' tests/test_runtimes.py  # by themselves: three runtimes in one process are enough
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow' tests --ignore tests/test_backends.py
+	$(BIN)/python -m pytest -q -m 'not slow' tests/test_backends.py  # by themselves: three runtimes in one process are enough
 
 test-slow: setup  ## the slow tests
 	$(BIN)/python -m pytest -q -m slow tests
