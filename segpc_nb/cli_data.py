@@ -13,11 +13,12 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 # %% ../nbs/61_cli_data.ipynb #1ea7bd6f
 def synth(
-    out: Path,  # gets train/x and train/y
-    pictures: int = 40,
+    out: Path,  # folder that gets train/x and train/y
+    pictures: int = 40,  # how many
     seed: int = 0,  # same seed, same pictures
 ) -> Path:  # the data set's folder
     "Make synthetic pictures with annotation in the official layout."
@@ -61,9 +62,9 @@ def kaggle_zip(
 
 
 def download(
-    out: Path,  # gets the data set
-    source: str = "kaggle",  # or "ieee"
-    archive: Path | None = None,  # zip that is here already; nothing is downloaded then
+    out: Path,  # new folder that gets the data set
+    source: Literal["kaggle", "ieee"] = "kaggle",  # where from; kaggle needs its client and an account
+    archive: Path | None = None,  # unpack this zip, downloaded by hand, instead
 ) -> dict[str, int]:  # pictures of each split
     "Get SegPC-2021 from its official sources and unpack it."
     from segpc_nb.dataset import SPLITS, find_dataset, find_split, list_samples, unpack_dataset
@@ -232,9 +233,9 @@ def draw_scales(
 
 # %% ../nbs/61_cli_data.ipynb #79756068
 def scales(
-    folder: Path,  # of the data set
-    split: str = "train",  # "train" or "validation"
-    figure: Path | None = None,  # .png, .pdf or .svg; gets the histogram
+    folder: Path,  # a data set
+    split: Literal["train", "validation"] = "train",  # part of the data set
+    figure: Path | None = None,  # draw the histogram: .png, .pdf or .svg
 ) -> dict:  # cells, ratios (quantiles), scales (list of peak, scale, bound)
     "Propose scales of the regions from an annotation, as the paper does."
     import numpy as np

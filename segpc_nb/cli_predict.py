@@ -11,21 +11,23 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from .config import Backend, ExportFormat, Method, Selection
+
 # %% ../nbs/63_cli_predict.ipynb #decc0dbf
 def predict(
-    pictures: list[Path],  # files and folders
-    out: Path,  # gets y/ID_K.png and cells.csv
-    bundle: Path | None = None,  # folder of the networks; None takes the one shipped with the package
-    select: str | None = None,  # "paper" (the same as None), "keep-all", "fuse" or "nms"
-    device: str = "cpu",  # where the networks run, "cuda" for a GPU
-    preset: str = "project",  # or "released", "released-bug": as the authors' code does it
-    nucleus_px: float | None = None,  # longest side of a typical nucleus, px; None estimates it for each picture
-    backend: str = "torch",  # what the networks run in, one of `backends.BACKENDS` or "auto"
-    cluster: str | None = None,  # address of a dask scheduler, "local" for one here; None uses this process
+    pictures: list[Path],  # pictures, or folders of pictures
+    out: Path,  # folder that gets y/ID_K.png and cells.csv
+    bundle: Path | None = None,  # folder of the networks; without it the one shipped with the package
+    select: Selection | None = None,  # how a nucleus' candidates become one cell; without it paper
+    device: str = "cpu",  # where the networks run: cpu, cuda, mps, or auto
+    preset: Method = "project",  # this project's inference, or that of the authors' code, with or without its bug
+    nucleus_px: float | None = None,  # longest side of a typical nucleus, px; without it estimated
+    backend: Backend = "torch",  # what the networks run in; auto measures once and takes the fastest
+    cluster: str | None = None,  # dask scheduler whose workers predict; local starts them here
     redo: bool = False,  # also pictures that were done before
-    min_score: float | None = None,  # cells below it are dropped, except by keep-all; None takes that of the bundle
+    min_score: float | None = None,  # report cells from this score on, 0..1; less finds more cells, and more false ones
     on_progress: Callable[[str], None] = print,  # gets a line per picture
-):  # folders.PredictResult: what was found, skipped, and failed
+):  # batch.PredictResult: what was found, skipped, and failed
     "Find the cells of pictures and write masks and measurements."
     from segpc_nb.batch import PredictOptions, predict_pictures
     from segpc_nb.images import find_pictures
@@ -108,8 +110,8 @@ def score_lines(
 
 # %% ../nbs/63_cli_predict.ipynb #0bdc1c0c
 def submit(
-    pred: Path,  # folder of `predict`
-    out: Path,  # .zip as the challenge takes it, or .txt
+    pred: Path,  # folder of predictions
+    out: Path,  # submission.zip or submission.txt
 ) -> None:
     "Write a folder of predictions as a submission to the challenge."
     from segpc_nb.results import read_results
@@ -153,12 +155,12 @@ def read_predicted(
 
 # %% ../nbs/63_cli_predict.ipynb #c90fe6a0
 def report(
-    pred: Path,  # folder of `predict`
-    pictures: list[Path],  # files and folders
-    out: Path,  # .html
-    truth: Path | None = None,  # folder that holds y/ with the annotation
-    title: str = "Plasma cells",
-    pixel_size: float | None = None,  # side of a pixel, um
+    pred: Path,  # folder of predictions
+    pictures: list[Path],  # what was predicted: pictures, or folders of pictures
+    out: Path,  # the page, .html
+    truth: Path | None = None,  # folder that holds y/ with the annotation, for scores
+    title: str = "Plasma cells",  # head of the page
+    pixel_size: float | None = None,  # side of a pixel, um, for areas in um2
 ) -> Path:  # the file
     "Show a folder of predictions as one HTML page."
     from segpc_nb.journal import read_journal
@@ -181,11 +183,11 @@ def report(
 
 # %% ../nbs/63_cli_predict.ipynb #3dce49a9
 def export(
-    pred: Path,  # folder of `predict`
-    to: str,  # "coco", "geojson", "labels" or "table"
-    out: Path,  # file for coco (.json) and table (.csv, .parquet), folder for geojson and labels
-    pictures: list[Path] | None = None,  # files and folders; for shape and stain
-    pixel_size: float | None = None,  # side of a pixel, um
+    pred: Path,  # folder of predictions
+    to: ExportFormat,  # coco: JSON; geojson: QuPath; labels: TIFF; table: .csv, .parquet
+    out: Path,  # file for coco and table, folder for geojson and labels
+    pictures: list[Path] | None = None,  # pictures, or folders of pictures, to measure shape and stain in
+    pixel_size: float | None = None,  # side of a pixel, um, for areas in um2
 ) -> list[Path]:  # the files
     "Write a folder of predictions in another program's format."
     from segpc_nb.interchange import export_cells

@@ -11,56 +11,62 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .config import Resume, Stage
+
 # %% ../nbs/62_cli_train.ipynb #a736144f
 def train(
-    stage: str,  # "nucleus", then "cytoplasm"
-    out: Path,  # gets nucleus/ and cytoplasm_SCALE/
-    preset: str = "light",  # "smoke", "light" or "paper"
-    data: Path | None = None,  # folder of the data set; None for SEGPC_DATA or synthetic pictures
-    scale: float | None = None,  # of the cytoplasm network; None trains all, one after the other
-    epochs: int = 0,  # overrides the preset where above 0
+    stage: Stage,  # nucleus first, then cytoplasm with the same --out
+    out: Path | None = None,  # folder that gets the networks, the same for both stages; needed to train
+    preset: str = "light",  # smoke: minutes; light: a laptop; paper: a GPU; or a YAML file
+    data: Path | None = None,  # folder of the data set; without it SEGPC_DATA, or synthetic pictures
+    scale: float | None = None,  # train only the cytoplasm network of this scale
+    epochs: int | None = None,  # instead of the preset's, as --train.epochs
     workers: int = 0,  # processes that load data
-    resume: str = "auto",  # "never" starts over
-    log_with: str | None = None,  # "tensorboard", "mlflow", ...
-    cache: Path | None = None,  # folder that keeps the crops of the second stage; None keeps them in memory
-) -> list[Path]:  # the folders of the networks
+    resume: Resume = "auto",  # go on where the folder stands, or start over
+    log_with: str | None = None,  # tensorboard or mlflow, where installed
+    cache: Path | None = None,  # folder that keeps the crops of the second stage; without it they stay in memory
+    train: dict | None = None,  # fields of `config.TrainConfig` for this stage
+    bundle: dict | None = None,  # fields of `config.BundleConfig`
+    print_config: bool = False,  # print the whole preset as YAML, for --preset, and exit
+) -> list[Path] | str:  # the folders of the networks; the YAML
     "Train the networks of one stage."
-    from accelerate import PartialState
-
-    from segpc_nb.config import PRESETS
-    from segpc_nb.recipes import train_cytoplasm, train_nucleus
-    from segpc_nb.synthetic import default_data
+    from segpc_nb.config import RunOptions
+    from segpc_nb.presets import load_preset, override, preset_yaml
 
     for option, value in (("--scale", scale), ("--cache", cache)):
         if stage == "nucleus" and value is not None:
             raise ValueError(f"{option} {value} is for the cytoplasm networks; leave it out")
-    with PartialState().main_process_first():  # one process draws the synthetic pictures, the others find them
-        out, data = Path(out), Path(data) if data else default_data(PRESETS[preset].pictures)
-    settings = {
-        "epochs": epochs,
-        "workers": workers,
-        "resume": resume,
-        "log_with": (log_with,) if log_with else (),
-        "live": False,
-    }
+    changes = (train or {}) | ({"epochs": epochs} if epochs else {})
+    chosen = override(load_preset(preset), stage, changes, bundle, scale)
+    if print_config:
+        return preset_yaml(chosen)
+    if out is None:
+        raise ValueError("--out is missing; give the folder that gets the networks")
+    from segpc_nb.hardware import process_state
+    from segpc_nb.recipes import train_cytoplasm, train_nucleus
+    from segpc_nb.synthetic import default_data
+
+    with process_state().main_process_first():  # one process draws the synthetic pictures, the others find them
+        out, data = Path(out), Path(data) if data else default_data(chosen.pictures)
+    options = RunOptions(workers, resume, (log_with,) if log_with else (), live=False)
     if stage == "nucleus":
-        train_nucleus(preset, data, out, **settings)
+        train_nucleus(chosen, data, out, options)
         return [out / "nucleus" / "main"]
-    scales = PRESETS[preset].cytoplasm if scale is None else (scale,)
+    scales = chosen.cytoplasm if scale is None else (scale,)
     for value in scales:
-        train_cytoplasm(preset, data, out, value, cache=cache, **settings)
+        train_cytoplasm(chosen, data, out, value, options, cache)
     return [out / f"cytoplasm_{value}" for value in scales]
 
 # %% ../nbs/62_cli_train.ipynb #b91d9e66
 def reproduce(
-    preset: str = "smoke",  # "smoke", "light" or "paper"
-    data: Path | None = None,  # folder of the data set; None for SEGPC_DATA or synthetic pictures
-    out: Path | None = None,  # folder for all results; None for runs/PRESET
+    preset: str = "smoke",  # smoke: minutes; light: a laptop; paper: a GPU; or a YAML file
+    data: Path | None = None,  # folder of the data set; without it SEGPC_DATA, or synthetic pictures
+    out: Path | None = None,  # folder for all results; without it runs/PRESET
     jobs: int = 1,  # scales trained at the same time
-    runs: Path = Path("nbs/runs"),  # folder of the run notebooks
+    runs: Path = Path("nbs/runs"),  # the run notebooks of the repository
 ) -> None:
     "Train and judge the whole method by the run notebooks of the repository."
-    script, out = Path(runs) / "reproduce.py", Path(out or f"runs/{preset}")
+    script, out = Path(runs) / "reproduce.py", Path(out or f"runs/{Path(preset).stem}")
     if jobs < 1:
         raise ValueError(f"--jobs {jobs}: allowed are 1 and more")
     if not script.exists():
@@ -78,8 +84,8 @@ def reproduce(
 
 # %% ../nbs/62_cli_train.ipynb #893a870d
 def convert_keras(
-    file: Path,  # HDF5 of one of the authors' networks
-    out: Path,  # gets config.json and model.safetensors
+    file: Path,  # HDF5 weights of one of the authors' networks
+    out: Path,  # folder that gets the network: BUNDLE/nucleus, BUNDLE/cytoplasm_0.5 ...
 ) -> str:  # which network it was
     "Turn Keras weights of the authors' networks into a part of a bundle."
     from segpc_nb.keras_weights import convert_keras_file
@@ -90,8 +96,8 @@ def convert_keras(
 
 # %% ../nbs/62_cli_train.ipynb #93d6daee
 def export_model(
-    out: Path,  # gets bundle.json, nucleus.onnx and one file per scale
-    bundle: Path | None = None,  # folder of the networks; None takes the one shipped with the package
+    out: Path,  # folder that gets bundle.json, nucleus.onnx and one file per scale
+    bundle: Path | None = None,  # folder of the networks; without it the one shipped with the package
 ) -> list[Path]:  # the files
     "Write the networks of a bundle as ONNX."
     from segpc_nb.runtimes import export_bundle

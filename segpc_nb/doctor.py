@@ -216,7 +216,7 @@ def content_findings() -> list[Finding]:
 
 # %% ../nbs/64_doctor.ipynb #4bb2a33a
 def doctor() -> dict:  # errors (int) and findings (list of name, level, found, fix)
-    "Inspection at this installation: packages, devices, networks, known traps."
+    "Check this installation: packages, devices, networks, known traps."
     findings = [*package_findings(), *conflict_findings(), *import_findings(), *device_findings(), *content_findings()]
     return {
         "errors": sum(finding.level == "error" for finding in findings),

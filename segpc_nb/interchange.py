@@ -10,6 +10,7 @@ __all__ = ['CATEGORIES', 'FORMATS', 'coco_dataset', 'polygons', 'qupath_features
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from skimage.color import rgb2hed
 from skimage.measure import regionprops
 
 from .cells import Cell
+from .config import ExportFormat
 from .files import atomic_path, write_bytes
 from .plots import outlines
 from .results import cells_table
@@ -219,7 +221,7 @@ def export_table(
     write_bytes(path, content)
 
 # %% ../nbs/51_interchange.ipynb #cac90503
-FORMATS = ("coco", "geojson", "labels", "table")
+FORMATS = get_args(ExportFormat)
 
 
 def export_cells(

@@ -34,8 +34,9 @@ from .cells import Cell
 from .config import SELECTIONS, BundleConfig
 from .files import write_bytes
 from .grids import resize_image
+from .hardware import resolve_device
 from .images import equalize_histogram
-from .inference import check_device, predict_probabilities
+from .inference import predict_probabilities
 from .models import channels_last, load_network, save_network
 from .nuclei import find_nuclei, nuclei_in_tiles
 from .nucleus_size import MAX_GRID, estimate_nucleus_px, network_grid
@@ -265,11 +266,11 @@ SHIPPED = Path(segpc_nb.__file__).parent / "bundle"  # the bundle that comes wit
 
 def load_bundle(
     folder: Path | None = None,  # from `save_bundle`; None for the bundle that comes with the package
-    device: str = "cpu",  # where the networks go: "cpu", "cuda", "cuda:1", "mps"
+    device: str = "cpu",  # where the networks go: "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> Segmenter:
     "Read a segmenter from its folder."
     folder = SHIPPED if folder is None else Path(folder)
-    check_device(device)
+    device = resolve_device(device)
     try:
         config = BundleConfig(**json.loads((folder / "bundle.json").read_text(encoding="utf-8")))
     except OSError as error:

@@ -20,6 +20,7 @@ import torch
 
 from .dataset import Split
 from .files import write_bytes
+from .hardware import process_state
 
 try:
     import resource
@@ -72,7 +73,13 @@ def write_manifest(
         "versions": {
             name: version(name) for name in ("segpc_nb", "torch", "segmentation-models-pytorch", "timm", "numpy")
         },
-        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "gpu": gpu},
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "gpu": gpu,
+            "processes": process_state().num_processes,
+        },
         "peak_memory_mb": peak_memory(),
         "peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / 1e6 if gpu else None,
         **facts,
@@ -85,7 +92,7 @@ CARD = """# Networks of segpc_nb, preset `{preset}`
 
 A U-Net for nuclei and one Attention DeepLabv3+ for cells per scale ({scales}), for `segpc predict --bundle FOLDER` and `Segmenter.from_bundle`. Weights in 16 bits.
 
-- **Trained on** {data}: {train} pictures, {valid} for choices, {holdout} held out (`stages.split_samples`). SHA-256 of the training files `{sha}`.
+- **Trained on** {data}: {train} pictures, {valid} for choices, {holdout} held out (`dataset.split_samples`). SHA-256 of the training files `{sha}`.
 - **Trained by** `make reproduce PRESET={preset} DATA=...`, commit `{commit}`, seed {seed}, {minutes:.0f} minutes on {machine}; torch {torch}.
 - **Licence of the weights**: that of the data they were trained on. For SegPC-2021 this is CC BY-NC-SA 4.0: not for commercial use.
 

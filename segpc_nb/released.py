@@ -20,8 +20,9 @@ from scipy.ndimage import find_objects
 
 from .aggregation import RELEASED_LIMITS, cell_score
 from .cells import Cell, cell_from_parts, window
+from .hardware import resolve_device
 from .images import equalize_histogram
-from .inference import check_device, predict_probabilities
+from .inference import predict_probabilities
 from .models import load_network
 from .pipeline import check_picture
 from .regions import nucleus_box, region_box
@@ -275,12 +276,12 @@ class ReleasedSegmenter:
 def load_released(
     folder: Path,  # holds nucleus, cytoplasm_0.5, cytoplasm_1.75, cytoplasm_2.6, cytoplasm_3.0
     preset: str = "released",  # one of RELEASED_PRESETS
-    device: str = "cpu",  # where the networks go: "cpu", "cuda", "cuda:1", "mps"
+    device: str = "cpu",  # where the networks go: "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> ReleasedSegmenter:
     "Read the networks of a folder for the released way."
     if preset not in RELEASED_PRESETS:
         raise ValueError(f"preset = {preset!r}, allowed: {', '.join(RELEASED_PRESETS)}")
-    check_device(device)
+    device = resolve_device(device)
     networks = {
         scale: load_network(Path(folder) / f"cytoplasm_{scale}", logits=True).to(device) for scale in RELEASED_LIMITS
     }

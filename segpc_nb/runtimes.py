@@ -18,23 +18,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import numpy as np
 import torch
 from timm.layers import Conv2dSame
 
+from .config import Backend
 from .files import content_key, write_bytes
 from .nucleus_size import GRID_STEP
 from .pipeline import Segmenter, load_bundle
 
 # %% ../nbs/44_runtimes.ipynb #e6d88552
-BACKENDS = (
-    "torch",
-    "torch-bf16",
-    "onnxruntime",
-    "openvino",
-    "openvino-bf16",
-)  # "-bf16" computes in 16 bits and is never chosen by itself
+BACKENDS = tuple(name for name in get_args(Backend) if name != "auto")
 EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}  # what to install for a backend
 PACKAGES = {
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),

@@ -13,9 +13,10 @@ import torch
 from segpc_nb import backends, runtimes
 from segpc_nb.backends import cache_folders, convert_network, fastest_backend, with_backend
 from segpc_nb.cells import iou_table
-from segpc_nb.config import PRESETS, BundleConfig
+from segpc_nb.config import BundleConfig
 from segpc_nb.models import build_network
 from segpc_nb.pipeline import Segmenter, load_bundle
+from segpc_nb.presets import load_preset
 from segpc_nb.runtimes import NetworkPart, export_bundle, max_difference, network_parts
 from segpc_nb.synthetic import make_picture
 
@@ -56,7 +57,7 @@ def spread(network, in_channels, side):
 def light_segmenter():
     "The light preset's two kinds of network with random weights."
     torch.manual_seed(0)
-    preset = PRESETS["light"]
+    preset = load_preset("light")
     nucleus, cytoplasm = (
         build_network(**settings | {"encoder_weights": None})
         for settings in (preset.nucleus.network, preset.cytoplasm[1.75].network)

@@ -1,9 +1,11 @@
 """The command line: its words, its files, its exit codes, and pictures that can't be read."""
 
+import dataclasses
 import inspect
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import h5py
 import numpy as np
@@ -12,9 +14,11 @@ import pytest
 import shapely
 import tifffile
 import torch
+import yaml
+from fastcore.docments import docments
 from pycocotools.coco import COCO
 
-from segpc_nb import backends, batch, cli, config, interchange, keras_weights, pipeline
+from segpc_nb import backends, batch, cli, config, keras_weights, pipeline, presets
 from segpc_nb.cells import cell_from_parts
 from segpc_nb.config import SELECTIONS, BundleConfig
 from segpc_nb.images import read_mask, write_image
@@ -282,8 +286,16 @@ def test_options_from_a_file(smears):
         (["predcit", "x"], "'predcit', did you mean 'predict'. The commands are doctor, synth"),
         (["abracadabra"], "no command 'abracadabra'; The commands are"),
         (["--predict", "x"], "segpc --predict|predict"),
-        (["predict", "x"], "out"),
-        (["predict", "--out", "out"], "PICTURE_OR_FOLDER|pictures"),
+        (["predict", "x"], "missing: --out"),
+        (["predict", "--out", "out"], "missing: pictures"),
+        (["predict", "x", "--outt", "out"], "did you mean --out?"),
+        (["predict", "x", "--out", "out", "--nucleus-px", "abc"], "--nucleus-px abc: expected a number"),
+        (["train", "nucleus", "--out", "out", "--train.lrr", "1"], "did you mean --train.lr?"),
+        (["train", "nucleus", "--out", "out", "--train.lr", "-1"], "lr = -1.0, allowed: a number > 0"),
+        (
+            ["train", "nucleus", "--out", "out", "--preset", "heavy"],
+            "neither one of smoke, light, paper nor a YAML file",
+        ),
         (["predict", "x", "--out", "out", "--bundle", "b", "--select", "best"], "keep-all"),
         (["predict", "x", "--out", "out", "--bundle", "b", "--preset", "paper"], "released-bug"),
         (
@@ -303,7 +315,7 @@ def test_options_from_a_file(smears):
         (["submit", "--pred", "truth", "--out", "submission.doc"], "allowed are .zip"),
         (["submit", "--pred", "nobody", "--out", "s.zip"], "holds no mask"),
         (["synth", "data", "--pictures", "0"], "allowed are 1 and more"),
-        (["synth", "data", "--pictures", "many"], "Expected a int. Got value: many"),
+        (["synth", "data", "--pictures", "many"], "--pictures many: expected a whole number"),
         (["check", "nowhere"], "nowhere: no such folder; check the name"),
         (["scales", "truth"], "holds no split of SegPC-2021"),
         (["scales", "x", "--figure", "a.doc"], "allowed are .png, .pdf and .svg"),
@@ -340,24 +352,56 @@ def test_no_bundle_says_how_to_make_one(tmp_path, monkeypatch, capsys):
         pipeline.load_bundle(tmp_path, "abacus")
 
 
-def test_words_are_those_of_the_pipeline():
-    assert cli.SELECT == SELECTIONS
-    assert list(inspect.signature(cli.predict).parameters) == [
-        "pictures",
-        "out",
-        "bundle",
-        "select",
-        "device",
-        "preset",
-        "nucleus_px",
-        "backend",
-        "cluster",
-        "redo",
-        "min_score",
-        "on_progress",
-    ]
-    assert cli.TRAINING == tuple(config.PRESETS) and cli.EXPORTS == interchange.FORMATS
-    assert cli.PRESET == ("project", *RELEASED_PRESETS) and cli.BACKENDS == (*backends.BACKENDS, "auto")
+def test_choices_are_those_of_the_library():
+    assert get_args(config.Method) == ("project", *RELEASED_PRESETS)
+    assert get_args(config.Backend) == (*backends.BACKENDS, "auto")
+    help_of = {name: cli.command_parser(name).format_help() for name in cli.COMMANDS}
+    for word in (*SELECTIONS, *get_args(config.Method), *get_args(config.Backend)):
+        assert word in help_of["predict"], word
+    for name in (field.name for field in dataclasses.fields(config.TrainConfig)):
+        assert f"--train.{name} " in help_of["train"], name
+    assert "--bundle.cell_threshold " in help_of["train"] and "--bundle.scales" not in help_of["train"]
+
+
+def test_every_option_is_explained():
+    for name, command in cli.COMMANDS.items():
+        notes = docments(command.function)
+        for word in inspect.signature(command.function).parameters:
+            assert notes[word], (name, word)
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_printed_preset_is_read_back(name, tmp_path, capsys):
+    assert run("train", "nucleus", "--preset", name, "--print_config") == 0
+    path = tmp_path / "mine.yaml"
+    path.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert presets.load_preset(path) == presets.load_preset(name)
+    for option in ("--preset", "--config"):
+        assert run("train", "cytoplasm", option, path, "--print_config") == 0
+        assert capsys.readouterr().out == path.read_text(encoding="utf-8")
+
+
+def test_a_run_goes_on_from_its_own_preset(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("synth", "smears", "--pictures", "14") == 0
+    changes = ("--train.lr", "1e-3", "--train.seed", "3", "--train.network.decoder_channels", "[32, 24, 16, 12, 8]")
+    words = ("train", "nucleus", "--out", "mine", "--data", "smears")
+    assert run(*words, "--preset", "smoke", "--train.epochs", "1", *changes) == 0
+    kept = yaml.safe_load((tmp_path / "mine/nucleus/main/preset.yaml").read_text(encoding="utf-8"))
+    manifest = json.loads((tmp_path / "mine/nucleus/main/manifest.json").read_text(encoding="utf-8"))
+    assert manifest["preset_file"] == "preset.yaml" and manifest["config"]["lr"] == 1e-3
+    assert (kept["nucleus"]["lr"], kept["nucleus"]["seed"], kept["nucleus"]["epochs"]) == (1e-3, 3, 1)
+    before = (tmp_path / "mine/nucleus/main/latest.pt").stat().st_mtime_ns
+    assert run(*words, "--preset", "mine/nucleus/main/preset.yaml") == 0  # taken as it is
+    assert (tmp_path / "mine/nucleus/main/latest.pt").stat().st_mtime_ns == before
+    assert (
+        run("train", "nucleus", "--out", "again", "--data", "smears", "--config", "mine/nucleus/main/preset.yaml") == 0
+    )
+    first, second = (load_network(f"{out}/nucleus/main/weights").state_dict() for out in ("mine", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    capsys.readouterr()
+    assert run(*words, "--preset", "smoke", "--train.epochs", "1") == 2
+    assert "lr: 0.001 there, 0.003 now" in capsys.readouterr().err
 
 
 def test_help_and_typos_do_not_load_torch():

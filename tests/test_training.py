@@ -22,11 +22,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from segpc_nb.checkpoints import load_checkpoint, save_checkpoint
-from segpc_nb.config import PRESETS, TrainConfig
+from segpc_nb.config import RunOptions, TrainConfig
 from segpc_nb.hardware import resolve_precision
 from segpc_nb.losses import dice_loss, segmentation_loss
-from segpc_nb.models import build_network
-from segpc_nb.training import epochs_since_best, fit, learning_rate
+from segpc_nb.models import build_network, load_network
+from segpc_nb.presets import load_preset
+from segpc_nb.progress import epochs_since_best
+from segpc_nb.synthetic import make_dataset
+from segpc_nb.training import fit, learning_rate
 from segpc_nb.training_data import region_augmentation
 
 
@@ -141,7 +144,7 @@ def loud_step(self, *arguments, **settings):
 torch.save, torch.optim.AdamW.step = slow_save, loud_step
 print("started", os.environ.get("RANK", "0"), os.getpid(), flush=True)
 try:
-    fit(with_dropout(), Slow(24, 3, (16, 16)), Blobs(4, 3, (16, 16)), config, folder, workers=int(sys.argv[4]))
+    fit(with_dropout(), Slow(24, 3, (16, 16)), Blobs(4, 3, (16, 16)), config, folder, options=RunOptions(workers=int(sys.argv[4])))
 except KeyboardInterrupt:
     sys.exit(130)
 """
@@ -308,7 +311,7 @@ class Noisy(Blobs):
 def test_workers_change_nothing(tmp_path):
     networks = [tiny(), tiny()]
     for workers, network in zip((0, 2), networks):
-        fit(network, Noisy(8, 3, (16, 16)), None, TINY, tmp_path / str(workers), workers=workers)
+        fit(network, Noisy(8, 3, (16, 16)), None, TINY, tmp_path / str(workers), options=RunOptions(workers=workers))
     assert all(torch.equal(a, b) for a, b in zip(*(network.state_dict().values() for network in networks)))
 
 
@@ -356,15 +359,17 @@ def test_other_data_are_refused(tmp_path):
 
 def test_a_missing_tracker_is_named(tmp_path):
     with pytest.raises(ValueError, match="comet_ml is not installed"):
-        fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path, log_with=("comet_ml",))
+        fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path, options=RunOptions(log_with=("comet_ml",)))
 
 
 def test_resume_never_starts_over_and_nonsense_is_refused(tmp_path):
     first = fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path)
-    again = fit(tiny(), Blobs(8, 3, (16, 16)), None, replace(TINY, lr=1e-3), tmp_path, resume="never")
+    again = fit(
+        tiny(), Blobs(8, 3, (16, 16)), None, replace(TINY, lr=1e-3), tmp_path, options=RunOptions(resume="never")
+    )
     assert len(first) == len(again) == 4 and first.train_loss.iloc[-1] != again.train_loss.iloc[-1]
     with pytest.raises(ValueError, match="resume = 'yes', allowed: 'auto', 'never'"):
-        fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path, resume="yes")
+        fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path, options=RunOptions(resume="yes"))
 
 
 def test_bf16_and_back_in_one_session(tmp_path):
@@ -377,7 +382,14 @@ def test_bf16_and_back_in_one_session(tmp_path):
 
 def test_tensorboard_gets_the_numbers(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    history = fit(tiny(), Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), TINY, tmp_path, log_with=("tensorboard",))
+    history = fit(
+        tiny(),
+        Blobs(8, 3, (16, 16)),
+        Blobs(4, 3, (16, 16)),
+        TINY,
+        tmp_path,
+        options=RunOptions(log_with=("tensorboard",)),
+    )
     logged = {}
     for events in tmp_path.rglob("events.out*"):  # one file for the configuration, one for the numbers
         found = reader.EventAccumulator(str(events))
@@ -390,7 +402,9 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 def test_mlflow_gets_the_numbers(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")  # not among the pinned packages, with which it does not go together
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'runs.db'}")
-    history = fit(tiny(), Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), TINY, tmp_path, log_with=("mlflow",))
+    history = fit(
+        tiny(), Blobs(8, 3, (16, 16)), Blobs(4, 3, (16, 16)), TINY, tmp_path, options=RunOptions(log_with=("mlflow",))
+    )
     with closing(sqlite3.connect(tmp_path / "runs.db")) as database:
         for column in ("train_loss", "valid_loss", "valid_iou"):
             logged = database.execute("select value from metrics where key = ? order by step", (column,)).fetchall()
@@ -458,14 +472,53 @@ def two_steps(config, channels, batch_size, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_two_steps_of_the_paper_preset_cytoplasm(scale, tmp_path):
-    two_steps(PRESETS["paper"].cytoplasm[scale], 4, 2, tmp_path)  # batch normalisation of the pooled branch needs two
+    two_steps(
+        load_preset("paper").cytoplasm[scale], 4, 2, tmp_path
+    )  # batch normalisation of the pooled branch needs two
 
 
 @pytest.mark.slow
 def test_two_steps_of_the_paper_preset_nucleus(tmp_path):
-    two_steps(PRESETS["paper"].nucleus, 3, 1, tmp_path)
+    two_steps(load_preset("paper").nucleus, 3, 1, tmp_path)
 
 
 def test_two_steps_of_the_paper_networks_on_small_inputs(tmp_path):
-    two_steps(replace(PRESETS["paper"].nucleus, size=(64, 64)), 3, 1, tmp_path / "nucleus")
-    two_steps(replace(PRESETS["paper"].cytoplasm[0.5], size=(64, 64)), 4, 2, tmp_path / "cytoplasm")
+    two_steps(replace(load_preset("paper").nucleus, size=(64, 64)), 3, 1, tmp_path / "nucleus")
+    two_steps(replace(load_preset("paper").cytoplasm[0.5], size=(64, 64)), 4, 2, tmp_path / "cytoplasm")
+
+
+TWO_STAGES = """
+name: tiny
+nucleus: {network: {name: unet, widths: [4, 8]}, size: [96, 128], epochs: 1, lr: 1e-3}
+cytoplasm:
+  1.75: {network: {name: unet, widths: [4, 8], in_channels: 4}, size: [32, 32], epochs: 1, lr: 1e-3}
+nuclei: jittered
+bundle: {nucleus_threshold: 0.4}
+"""
+
+
+def test_the_command_on_two_processes_trains_as_on_one(tmp_path):
+    make_dataset(tmp_path / "smears", pictures=14, seed=1)
+    (tmp_path / "tiny.yaml").write_text(TWO_STAGES, encoding="utf-8")
+    segpc = [Path(sys.executable).with_name("segpc"), "train"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("ACCELERATE_USE_CPU", None)
+    for out, launcher, batch in (("one", [sys.executable], "4"), ("two", [sys.executable, *TORCHRUN], "2")):
+        for stage in ("nucleus", "cytoplasm"):
+            words = [*launcher, *segpc, stage, "--preset", "tiny.yaml", "--data", "smears", "--out", out]
+            words += ["--train.batch_size", batch]  # of each process
+            subprocess.run(words, check=True, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    for part in ("nucleus/main", "cytoplasm_1.75"):
+        machines, histories, weights = [], [], []
+        for out in ("one", "two"):
+            folder = tmp_path / out / part
+            machines.append(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["machine"]["processes"])
+            histories.append(pd.read_csv(folder / "history.csv"))
+            weights.append(load_network(folder / "weights").state_dict())
+        assert machines == [1, 2]
+        assert np.allclose(
+            histories[0][["train_loss", "valid_loss"]], histories[1][["train_loss", "valid_loss"]], atol=1e-4
+        )
+        assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-3) for name in weights[0])
+    ends = [{path.name for path in (tmp_path / out / "nucleus/nuclei").iterdir()} for out in ("one", "two")]
+    assert ends[0] == ends[1]

@@ -48,27 +48,26 @@ def report(executed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--preset", default="smoke", choices=("smoke", "light", "paper"), help="setting (default: smoke)"
-    )
+    parser.add_argument("--preset", default="smoke", help="smoke, light, paper or a YAML file (default: smoke)")
     parser.add_argument(
         "--data", default="", help="folder of the data set (default: SEGPC_DATA, else synthetic pictures)"
     )
     parser.add_argument("--out", default="", help="folder for all results (default: runs/PRESET)")
     parser.add_argument("--jobs", type=int, default=1, help="scales trained at the same time (default: 1)")
     chosen = parser.parse_args()
-    from segpc_nb.config import PRESETS
+    from segpc_nb.presets import PRESETS, load_preset
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    out = Path(chosen.out or f"runs/{chosen.preset}").resolve()
-    common = {"preset": chosen.preset, "data": str(Path(chosen.data).resolve()) if chosen.data else "", "out": str(out)}
+    preset = chosen.preset if chosen.preset in PRESETS else str(Path(chosen.preset).resolve())
+    setting = load_preset(preset)
+    out = Path(chosen.out or f"runs/{Path(preset).stem}").resolve()
+    common = {"preset": preset, "data": str(Path(chosen.data).resolve()) if chosen.data else "", "out": str(out)}
     execute("1_nucleus.ipynb", out / "nucleus", **common)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // chosen.jobs))
 
     def train(scale):
         return execute("2_cytoplasm.ipynb", out / f"cytoplasm_{scale}", **common, scale=scale)
 
-    setting = PRESETS[chosen.preset]
     if setting.first is not None:  # the others start from it
         train(setting.first)
     with ThreadPoolExecutor(chosen.jobs) as pool:
