@@ -40,6 +40,7 @@ class TrainConfig:
     augment: bool = True  # flips, turns, zoom and stain changes
     elastic: float = 0.0  # fraction of the training samples that are bent elastically, 0..1
     unlabeled: float = 0.0  # stage one: target of dark places that nobody annotated, 0..1
+    true_nuclei: bool = False  # take the shift out of the nucleus labels, see `label_shift`
     equalize: bool = False  # histogram equalisation of each channel (paper section 3.2)
     mixed_precision: str = "no"  # no, bf16, fp16, or auto: bf16 where the hardware multiplies in it
     compiled: bool = False  # torch.compile the network

@@ -30,7 +30,13 @@ from .presets import Preset, bundle_config, load_preset, preset_yaml
 from .provenance import data_hash, write_manifest
 from .results import read_masks, write_masks
 from .training import fit
-from .training_data import CellRegions, NucleusPictures, picture_augmentation, region_augmentation
+from segpc_nb.training_data import (
+    CellRegions,
+    NucleusPictures,
+    RegionOptions,
+    picture_augmentation,
+    region_augmentation,
+)
 
 # %% ../nbs/45_recipes.ipynb #c34b500a
 def train_network(
@@ -110,13 +116,13 @@ def train_nucleus(
     augment = picture_augmentation(config.size, crop, elastic=config.elastic) if config.augment else None
     parts = fold_samples(split.train, preset.folds, seed=1) if preset.nuclei == "out-of-fold" else []
     unseen = {"main": split.valid} | {f"fold_{number}": part for number, part in enumerate(parts)}
-    valid_set, trained = NucleusPictures(split.valid, config.size, None, config.equalize), {}
+    valid_set, trained = NucleusPictures(split.valid, config.size, None, config.equalize, 0.0, config.true_nuclei), {}
     (folder / DONE).unlink(missing_ok=True)
     for name, samples in unseen.items():
         hidden = {sample.id for sample in samples}
         seen = [sample for sample in split.train if sample.id not in hidden]
         train_set, files = (
-            NucleusPictures(seen, config.size, augment, config.equalize, config.unlabeled),
+            NucleusPictures(seen, config.size, augment, config.equalize, config.unlabeled, config.true_nuclei),
             sample_files(seen),
         )
         trained[name] = train_network(
@@ -141,10 +147,10 @@ def region_datasets(
 ) -> tuple[CellRegions, CellRegions]:  # for training and for validation
     "The crops of one scale."
     augment = region_augmentation(config.size[0], elastic=config.elastic) if config.augment else None
-    source = {"jitter": True} if jittered else {"missed": True}
-    common = {"scale": scale, "size": config.size[0], "equalize": config.equalize, "cache": cache}
-    train_set = CellRegions(split.train, None if jittered else nuclei, transform=augment, **source, **common)
-    return train_set, CellRegions(split.valid, nuclei, **common)
+    options = RegionOptions(scale, config.size[0], true_nuclei=config.true_nuclei, equalize=config.equalize)
+    source = replace(options, jitter=jittered, missed=not jittered)
+    train_set = CellRegions(split.train, None if jittered else nuclei, source, augment, cache)
+    return train_set, CellRegions(split.valid, nuclei, options, None, cache)
 
 
 def train_cytoplasm(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from segpc_nb.cells import cell_from_parts, window
 from segpc_nb.grids import paste_region, resize_mask
 from segpc_nb.regions import crop_regions, nucleus_box, picture_window, region_box
-from segpc_nb.training_data import CellRegions, match_nuclei
+from segpc_nb.training_data import CellRegions, RegionOptions, match_nuclei
 
 SHAPE = (40, 60)
 PICTURE = np.random.default_rng(0).integers(0, 256, (*SHAPE, 3)).astype(np.uint8)
@@ -85,7 +85,7 @@ def samples():
 
 def test_items_hold_the_whole_cell_or_nothing():
     nuclei = {"1": [disc(1, 12, 14, 5, 0), disc(2, 10, 50, 4, 0)], "2": [disc(1, 37, 3, 4, 0)]}
-    regions = CellRegions(samples(), nuclei, 1.75, 32)
+    regions = CellRegions(samples(), nuclei, RegionOptions(1.75, 32))
     assert len(regions) == 3
     assert [bool(target.any()) for _, target in regions] == [True, False, True]
     for crop, target in regions:
@@ -100,9 +100,9 @@ def test_missed_cells_join_with_their_true_nuclei():
     nuclei = {
         "1": [disc(1, 12, 14, 5, 0), disc(2, 10, 50, 4, 0)]
     }  # cell 2 of picture 1 and the cell of picture 2 are missed
-    regions = CellRegions(samples(), nuclei, 1.75, 32, missed=True)
+    regions = CellRegions(samples(), nuclei, RegionOptions(1.75, 32, missed=True))
     assert [bool(target.any()) for _, target in regions] == [True, False, True, True]
-    true = CellRegions(samples(), None, 1.75, 32)
+    true = CellRegions(samples(), None, RegionOptions(1.75, 32))
     assert all(
         torch.equal(a, b)
         for mine, theirs in zip((regions[2], regions[3]), (true[1], true[2]))
@@ -111,9 +111,12 @@ def test_missed_cells_join_with_their_true_nuclei():
 
 
 def test_transform_moves_picture_nucleus_and_target_together():
-    plain = CellRegions(samples(), None, 1.75, 32, margin=0.25, transform=lambda *both: both)
+    plain = CellRegions(samples(), None, RegionOptions(1.75, 32, margin=0.25), transform=lambda *both: both)
     flipped = CellRegions(
-        samples(), None, 1.75, 32, margin=0.25, transform=lambda image, mask: (image.flip(-1), mask.flip(-1))
+        samples(),
+        None,
+        RegionOptions(1.75, 32, margin=0.25),
+        transform=lambda image, mask: (image.flip(-1), mask.flip(-1)),
     )
     assert len(plain) == 3
     for (crop, target), (other, target_flipped) in zip(plain, flipped):
@@ -121,7 +124,7 @@ def test_transform_moves_picture_nucleus_and_target_together():
 
 
 def test_jitter_is_seeded_by_torch_and_touches_the_mask_alone():
-    regions = CellRegions(samples(), None, 3.0, 48, jitter=True)
+    regions = CellRegions(samples(), None, RegionOptions(3.0, 48, jitter=True))
     torch.manual_seed(5)
     first = [regions[0][0] for _ in range(6)]
     torch.manual_seed(5)
@@ -132,9 +135,9 @@ def test_jitter_is_seeded_by_torch_and_touches_the_mask_alone():
 
 
 def test_no_nuclei_no_items_and_foreign_nuclei_are_refused():
-    assert len(CellRegions(samples(), {"3": []}, 1.0, 32)) == 0
+    assert len(CellRegions(samples(), {"3": []}, RegionOptions(1.0, 32))) == 0
     with pytest.raises(ValueError, match="none of the 3 samples"):
-        CellRegions(samples(), {"7": []}, 1.0, 32)
+        CellRegions(samples(), {"7": []}, RegionOptions(1.0, 32))
 
 
 def test_partners_of_fragments_and_clumps():

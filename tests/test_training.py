@@ -115,7 +115,7 @@ SCRIPT = """
 import io, os, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_training import CONFIGS, Blobs, fit, with_dropout
+from test_training import CONFIGS, Blobs, RunOptions, fit, with_dropout
 import torch
 
 folder, config, slow = Path(sys.argv[1]), CONFIGS[sys.argv[2]], float(sys.argv[3])
