@@ -1,4 +1,8 @@
-"""The documentation site: `make docs`. Copies the notebooks as pages, adds the gallery and the API pages, and hands them to Sphinx; nothing is executed or fetched."""
+"""The documentation site: `make docs`.
+
+Copies the notebooks as pages, adds the gallery and the API pages, and hands them to Sphinx.
+Nothing is executed or fetched.
+"""
 
 import ast
 import base64
@@ -136,7 +140,8 @@ def gallery_section(
     for target, caption, png in figures:
         thumbnail(png, folder / f"{target}.png")
         cards.append(
-            f":::{{grid-item-card}}\n:img-top: {folder.name}/{target}.png\n:img-alt: {plain(caption) or title}\n:link: {target}\n:link-type: ref\n:link-alt: {title}\n{plain(caption)}\n:::\n"
+            f":::{{grid-item-card}}\n:img-top: {folder.name}/{target}.png\n:img-alt: {plain(caption) or title}\n"
+            f":link: {target}\n:link-type: ref\n:link-alt: {title}\n{plain(caption)}\n:::\n"
         )
     return "\n".join(cards) + "::::\n"
 

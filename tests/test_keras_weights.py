@@ -1,4 +1,4 @@
-"""The authors' files: reading every layout, every conversion rule against a NumPy oracle, refusals, and parity with the authors' own networks."""
+"""The authors' weight files: every layout, every rule against NumPy, refusals, and parity with their own networks."""
 
 from pathlib import Path
 
@@ -122,12 +122,12 @@ def test_what_is_no_keras_file(tmp_path):
             read_keras(tmp_path / name)
     with h5py.File(tmp_path / "empty.h5", "w"):
         pass
-    with pytest.raises(ValueError, match="the file ends after 0 layers.*some other network"):
+    with pytest.raises(ValueError, match=r"the file ends after 0 layers.*some other network"):
         convert_keras_file(tmp_path / "empty.h5", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-# -- every rule against a convolution written out in NumPy --------------------------------------------------------------
+# -- every rule against a convolution written out in NumPy ------------------------------------------------------------
 
 
 def convolve(image, kernel, depthwise=False):
@@ -315,7 +315,7 @@ def test_numbers_that_are_not_finite(rng):
         fill_from_keras(network, order, layers)
 
 
-# -- parity with the authors' own networks, see golden/README.md ---------------------------------------------------------
+# -- parity with the authors' own networks, see golden/README.md ------------------------------------------------------
 
 
 def convert_reference(net, folder, naming="plain", full=False):

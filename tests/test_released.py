@@ -1,4 +1,4 @@
-"""The released way: every quirk against a literal oracle, and the whole of it against what the unmodified code answered."""
+"""The released way: every quirk against a literal oracle, the whole against what the unmodified code answered."""
 
 import hashlib
 import json
@@ -63,7 +63,7 @@ def picture(shape, seed=0):
     return np.random.default_rng(seed).integers(1, 256, (*shape, 3)).astype(np.uint8)
 
 
-# -- against the unmodified code ----------------------------------------------------------------------------------------
+# -- against the unmodified code --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_everything_is_as_the_unmodified_code_has_it(golden_image, mode, limit):
         )
 
 
-# -- each quirk by itself ------------------------------------------------------------------------------------------------
+# -- each quirk by itself ---------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
