@@ -43,8 +43,9 @@ format: setup  ## notebooks and tests formatted, modules exported, notebooks cle
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
-readme: setup  ## README.md from nbs/index.ipynb
+readme: setup  ## README.md from nbs/index.ipynb, docs/results.md from results/
 	$(BIN)/python nbs/readme.py
+	$(BIN)/python docs/results_page.py
 
 docs: setup  ## the documentation site, offline, in _docs/html
 	$(BIN)/python docs/build.py _docs

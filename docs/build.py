@@ -150,10 +150,12 @@ def write_pages(
     out: Path,  # a new folder for Sphinx to read
 ) -> None:
     "All pages: those of docs/, the notebooks, the gallery and one per module."
-    shutil.copytree(docs, out, ignore=shutil.ignore_patterns("*.py", "_static", "__pycache__"))
+    shutil.copytree(docs, out, ignore=shutil.ignore_patterns("*.py", "*.in", "_static", "__pycache__"))
     shutil.copytree(root / "nbs" / "images", out / "nbs" / "images")
     for folder in ("nbs/runs", "api", "thumbnails"):
         (out / folder).mkdir(parents=True, exist_ok=True)
+    reading = out / "reading.md"  # its links work in the repository too
+    reading.write_text(reading.read_text(encoding="utf-8").replace("](../nbs/", "](nbs/"), encoding="utf-8")
     gallery = [(out / "gallery.md").read_text(encoding="utf-8")]
     for path in [
         root / "nbs" / "index.ipynb",
@@ -162,7 +164,8 @@ def write_pages(
     ]:
         kept = root / "results" / "benchmarks" / path.name  # a benchmark as it ran
         page, title, figures = notebook_page(kept if kept.exists() else path)
-        (out / path.relative_to(root)).write_text(json.dumps(page), encoding="utf-8")
+        text = json.dumps(page).replace("](../docs/", "](../")
+        (out / path.relative_to(root)).write_text(text, encoding="utf-8")
         if figures:
             gallery.append(gallery_section(path.relative_to(root).as_posix(), title, figures, out / "thumbnails"))
     (out / "gallery.md").write_text("\n".join(gallery), encoding="utf-8")
