@@ -7,7 +7,7 @@ OUT ?= runs/$(PRESET)
 BIN := .venv/bin
 absolute = $(if $(1),$(if $(filter /%,$(1)),,$(CURDIR)/)$(1))
 
-.PHONY: help setup reproduce test test-slow sync format readme docs bundle lab viewer clean
+.PHONY: help setup reproduce test test-slow lint sync format readme docs bundle lab viewer clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,13 +23,17 @@ setup: .venv/done  ## the pinned environment in .venv
 reproduce: setup  ## the whole method: PRESET=smoke|light|paper DATA=folder (default: synthetic pictures)
 	$(BIN)/python nbs/runs/reproduce.py --preset $(PRESET) --data '$(DATA)' --out $(OUT)
 
-test: setup sync  ## all fast tests: library, chapters, notebooks in sync
+test: setup lint sync  ## all fast tests: library, chapters, style, notebooks in sync
 	$(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow' tests --ignore tests/test_backends.py
 	$(BIN)/python -m pytest -q -m 'not slow' tests/test_backends.py  # by themselves: three runtimes in one process are enough
 
 test-slow: setup  ## the slow tests
 	$(BIN)/python -m pytest -q -m slow tests
+
+lint: setup  ## ruff's rules (pyproject.toml) and layout
+	$(BIN)/ruff check nbs tests docs
+	$(BIN)/ruff format --check --quiet nbs tests docs
 
 sync: setup  ## are notebooks clean, and do the modules stand as the notebooks export them?
 	$(BIN)/python tests/check_sync.py
@@ -39,8 +43,9 @@ format: setup  ## notebooks and tests formatted, modules exported, notebooks cle
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
-readme: setup  ## README.md from nbs/index.ipynb
+readme: setup  ## README.md from nbs/index.ipynb, docs/results.md from results/
 	$(BIN)/python nbs/readme.py
+	$(BIN)/python docs/results_page.py
 
 docs: setup  ## the documentation site, offline, in _docs/html
 	$(BIN)/python docs/build.py _docs

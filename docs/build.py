@@ -1,4 +1,8 @@
-"""The documentation site: `make docs`. Copies the notebooks as pages, adds the gallery and the API pages, and hands them to Sphinx; nothing is executed or fetched."""
+"""The documentation site: `make docs`.
+
+Copies the notebooks as pages, adds the gallery and the API pages, and hands them to Sphinx.
+Nothing is executed or fetched.
+"""
 
 import ast
 import base64
@@ -136,7 +140,8 @@ def gallery_section(
     for target, caption, png in figures:
         thumbnail(png, folder / f"{target}.png")
         cards.append(
-            f":::{{grid-item-card}}\n:img-top: {folder.name}/{target}.png\n:img-alt: {plain(caption) or title}\n:link: {target}\n:link-type: ref\n:link-alt: {title}\n{plain(caption)}\n:::\n"
+            f":::{{grid-item-card}}\n:img-top: {folder.name}/{target}.png\n:img-alt: {plain(caption) or title}\n"
+            f":link: {target}\n:link-type: ref\n:link-alt: {title}\n{plain(caption)}\n:::\n"
         )
     return "\n".join(cards) + "::::\n"
 
@@ -145,10 +150,12 @@ def write_pages(
     out: Path,  # a new folder for Sphinx to read
 ) -> None:
     "All pages: those of docs/, the notebooks, the gallery and one per module."
-    shutil.copytree(docs, out, ignore=shutil.ignore_patterns("*.py", "_static", "__pycache__"))
+    shutil.copytree(docs, out, ignore=shutil.ignore_patterns("*.py", "*.in", "_static", "__pycache__"))
     shutil.copytree(root / "nbs" / "images", out / "nbs" / "images")
     for folder in ("nbs/runs", "api", "thumbnails"):
         (out / folder).mkdir(parents=True, exist_ok=True)
+    reading = out / "reading.md"  # its links work in the repository too
+    reading.write_text(reading.read_text(encoding="utf-8").replace("](../nbs/", "](nbs/"), encoding="utf-8")
     gallery = [(out / "gallery.md").read_text(encoding="utf-8")]
     for path in [
         root / "nbs" / "index.ipynb",
@@ -157,7 +164,8 @@ def write_pages(
     ]:
         kept = root / "results" / "benchmarks" / path.name  # a benchmark as it ran
         page, title, figures = notebook_page(kept if kept.exists() else path)
-        (out / path.relative_to(root)).write_text(json.dumps(page), encoding="utf-8")
+        text = json.dumps(page).replace("](../docs/", "](../")
+        (out / path.relative_to(root)).write_text(text, encoding="utf-8")
         if figures:
             gallery.append(gallery_section(path.relative_to(root).as_posix(), title, figures, out / "thumbnails"))
     (out / "gallery.md").write_text("\n".join(gallery), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Settings of Sphinx; `make docs` builds the site. Everything it shows is on the disk: no font, script or picture is fetched."""
+"""Settings of Sphinx; `make docs` builds the site. No font, script or picture is fetched."""
 
 import sys
 from configparser import ConfigParser

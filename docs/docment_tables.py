@@ -1,4 +1,8 @@
-"""Sphinx extension for the API pages: below each docstring the table of parameters that the comments of the signature (docments) make, the constants of a module, and the way to the chapter."""
+"""Sphinx extension for the API pages.
+
+Below each docstring: the parameters, from the comments of the signature (docments), and a link to the chapter.
+Per module: its constants.
+"""
 
 import ast
 import inspect

@@ -1,5 +1,6 @@
 """README.md from index.ipynb, without Quarto: `make readme`."""
 
+import re
 from pathlib import Path
 
 from nbconvert import MarkdownExporter
@@ -17,7 +18,8 @@ def readme() -> str:
         }
     )
     text, _ = MarkdownExporter(config=config).from_filename(here / "index.ipynb")
-    return text.replace("](images/", "](nbs/images/").strip() + "\n"
+    text = re.sub(r"\]\((?=images/|\d\d_\w+\.ipynb)", "](nbs/", text)
+    return text.replace("](../", "](").strip() + "\n"
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ def _pairs(pictures, truths):
                 [iou_table(truth, [scales[k].cell for scales in candidates]) for k in range(len(candidates[0]))], 2
             )
             meet = np.argwhere(table.any(2))
-            pairs.append(meet + (cells, len(ratios)))
+            pairs.append(meet + np.array([cells, len(ratios)]))
             overlaps.append(table[meet[:, 0], meet[:, 1]])
             ratios += [[candidate.cell.ratio for candidate in scales] for scales in candidates]
         cells += len(truth)

@@ -88,7 +88,7 @@ def convert_network(
             network = open_network(backend, part.network, path.read_bytes())
             check_parity(part, network, tolerance, str(path))
             return network
-        except Exception:  # not there, damaged or foreign; the runtimes raise kinds of their own
+        except Exception:  # noqa: BLE001 - not there, damaged or foreign; the runtimes raise kinds of their own
             continue
     content = onnx_bytes(part)
     write_cached(folders, name, content)
@@ -164,7 +164,7 @@ def fastest_backend(
     for backend in installed[1:]:
         try:
             tried[backend] = with_backend(segmenter, backend, cache)
-        except Exception as error:  # of any runtime; the others remain
+        except Exception as error:  # noqa: BLE001 - of any runtime; the others remain
             failed[backend] = str(error)
     seconds = seconds_per_picture(tried)
     best = min(seconds, key=seconds.get)

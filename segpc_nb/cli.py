@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from inspect import Parameter, signature
+from itertools import pairwise
 from json import dumps
 from pathlib import Path
 from types import UnionType
@@ -291,7 +292,7 @@ def preset_of_config(
 ) -> list[str]:  # with --preset FILE where --config FILE is a whole preset, as --print_config of `train` writes it
     "Take a preset for what it is."
     words = list(words)
-    for place, (option, file) in enumerate(zip(words, words[1:])):
+    for place, (option, file) in enumerate(pairwise(words)):
         if words[0] in ("train", "reproduce") and option == "--config" and Path(file).is_file():
             values = load_yaml(Path(file).read_text(encoding="utf-8"), file)
             if isinstance(values, dict) and {"nucleus", "cytoplasm"} <= values.keys():

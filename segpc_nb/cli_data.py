@@ -75,7 +75,7 @@ def download(
         by_hand = (
             f"download the zip with a browser from {PAGES[source]} and run `segpc download {out} --archive FILE.zip`"
         )
-        if out.is_file() or out.is_dir() and any(out.iterdir()):
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
             raise ValueError(f"{out} holds something else; choose a new folder")
         if archive is None and source == "ieee":
             raise ValueError(f"IEEE DataPort has no client; log in, {by_hand}")

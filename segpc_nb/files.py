@@ -76,7 +76,8 @@ def evict_oldest(
             continue
     for changed, size, file in sorted(used, reverse=True):
         total += size
-        if file.suffix == ".part" and changed < time.time() - DAY or file.suffix == ".npy" and total > max(limit, size):
+        old = file.suffix == ".part" and changed < time.time() - DAY
+        if old or (file.suffix == ".npy" and total > max(limit, size)):
             file.unlink(missing_ok=True)
 
 # %% ../nbs/03_files.ipynb #32c00a52

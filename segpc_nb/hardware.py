@@ -62,7 +62,7 @@ def process_state():  # accelerate.PartialState: num_processes, process_index, i
     "This process among those of its launcher, on GPUs or CPUs."
     from accelerate import PartialState
 
-    on_cpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
+    on_cpus = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     if on_cpus:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # for every Accelerator that follows
     return PartialState(cpu=on_cpus)

@@ -42,12 +42,13 @@ def data_hash(
 def git_commit() -> str | None:  # None where the package is not a git checkout
     "The commit of the code that runs; `-dirty` says that files were changed."
     git = ["git", "-C", str(Path(__file__).parent)]
-    settings = {"capture_output": True, "text": True, "check": True, "timeout": 10}
+    settings = {"capture_output": True, "text": True, "timeout": 10}
     try:
         subprocess.run(
-            [*git, "ls-files", "--error-unmatch", Path(__file__).name], **settings
+            [*git, "ls-files", "--error-unmatch", Path(__file__).name], check=True, **settings
         )  # or it is somebody else's checkout
-        return subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=40"], **settings).stdout.strip()
+        described = subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=40"], check=True, **settings)
+        return described.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -1,4 +1,4 @@
-"""Fail when a module differs from what its notebook exports, or a notebook is not clean. Works on a copy; changes nothing."""
+"""Fail when a module differs from its notebook or a notebook is not clean. Works on a copy; changes nothing."""
 
 import filecmp
 import shutil

@@ -38,7 +38,7 @@ needs_both = pytest.mark.skipif(
 
 
 def spread(network, in_channels, side):
-    "A network with random weights and statistics whose logits on noise are about -3 to 3, so that its probabilities say something."
+    "A network with random weights and statistics whose logits on noise are about -3 to 3."
     generator = torch.Generator().manual_seed(1)
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
@@ -269,6 +269,7 @@ def test_a_converted_segmenter_is_not_converted_again():
 
 @pytest.mark.skipif(bool(backends.missing_packages("openvino")), reason="needs the extra openvino")
 def test_openvino_does_not_report_its_use():
-    script = "import sys; from segpc_nb.runtimes import import_runtime; import_runtime('openvino'); print(sys.modules['openvino_telemetry'])"
+    script = "import sys; from segpc_nb.runtimes import import_runtime; import_runtime('openvino')"
+    script += "; print(sys.modules['openvino_telemetry'])"
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert done.stdout.strip() == "None", done.stderr

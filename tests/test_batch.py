@@ -1,4 +1,4 @@
-"""Folders of pictures: what is done is skipped, what was cut off goes on, and a cluster gives the same as one process."""
+"""Folders of pictures: finished ones are skipped, a stopped run goes on, a cluster gives what one process gives."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -148,7 +149,12 @@ def test_an_unforeseen_error_is_not_swallowed():
 
 @needs_bundle
 def test_the_shipped_networks_work_offline_and_a_killed_run_goes_on(smears, tmp_path):
-    blocked = "import socket, sys\ndef refuse(*a, **k): raise AssertionError('network')\nsocket.socket.connect = socket.create_connection = refuse\nfrom segpc_nb.cli import main\nsys.exit(main(sys.argv[1:]))"
+    blocked = """import socket, sys
+def refuse(*a, **k): raise AssertionError('network')
+socket.socket.connect = socket.create_connection = refuse
+from segpc_nb.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
     command = [sys.executable, "-c", blocked, "predict", str(smears[0].parent), "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
     journal = tmp_path / "cut" / JOURNAL
@@ -198,7 +204,8 @@ from segpc_nb.batch import PredictOptions, predict_pictures
 from segpc_nb.config import BundleConfig
 from segpc_nb.pipeline import Segmenter
 config = BundleConfig((384, 512), (1.75,), (64,), nucleus_px=50.0)
-batch.load_segmenter = lambda wanted: Segmenter(lambda x: 40 * (0.35 - x[:, 1:2]), {1.75: lambda x: 40 * (0.7 - x[:, 1:2])}, config)
+networks = lambda x: 40 * (0.35 - x[:, 1:2]), {1.75: lambda x: 40 * (0.7 - x[:, 1:2])}
+batch.load_segmenter = lambda wanted: Segmenter(*networks, config)
 found = predict_pictures([Path(sys.argv[1])], Path("out"), PredictOptions(nucleus_px=218.0))
 assert not found.failed, found.failed
 print(found.cells["slide"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
@@ -223,9 +230,8 @@ def test_a_slide_of_20000_pixels_a_side_in_bounded_memory(tmp_path):
         photometric="rgb",
         compression="zlib",
     )
-    done = subprocess.run(
-        [sys.executable, "-c", SLIDE, str(tmp_path / "slide.tif")], cwd=tmp_path, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", SLIDE, str(tmp_path / "slide.tif")]
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     cells, peak = map(int, done.stdout.split()[-2:])
     assert cells == 10 * 8
@@ -240,7 +246,7 @@ MANY = 2000
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    "The networks of the package without mirror images, in ONNX Runtime where it is installed: many pictures in little time."
+    "The networks of the package without mirror images, in ONNX Runtime where it is installed."
     segmenter, folder = load_bundle(), tmp_path_factory.mktemp("quick")
     segmenter.config = replace(segmenter.config, flips=False, nucleus_flips=False)
     save_bundle(segmenter, folder, half=True)
@@ -278,12 +284,12 @@ def predicted(many, quick, tmp_path_factory):
         resident = []
         while process.poll() is None:
             time.sleep(2)
-            journal, status = out / "out" / JOURNAL, f"/proc/{process.pid}/statm"
-            if journal.exists() and os.path.exists(status):
+            journal, status = out / "out" / JOURNAL, Path(f"/proc/{process.pid}/statm")
+            if journal.exists() and status.exists():
                 resident.append(
                     (
                         journal.read_bytes().count(b"\n"),
-                        int(open(status).read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6,
+                        int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6,
                     )
                 )
     assert process.returncode == 0, (out / "log").read_text()[-2000:]
@@ -316,7 +322,7 @@ def test_two_workers_of_whom_one_is_killed_give_the_same(many, quick, predicted,
                 os.kill(victim, signal.SIGKILL)
 
         found = predict_pictures(
-            sorted(many.iterdir()), tmp_path / "two", quick, cluster=cluster.scheduler_address, told=tell
+            sorted(many.iterdir()), tmp_path / "two", quick, cluster=cluster.scheduler_address, on_progress=tell
         )
     assert not found.failed and len(found.cells) == len(told) == MANY
     same(predicted[0], tmp_path / "two")

@@ -119,10 +119,10 @@ def test_bash_completes(words, wanted):
     script = shell("--print-completion", "bash")
     assert script.returncode == 0 and script.stderr == ""
     parts = words.split(" ")
-    predict_probabilities = f"COMP_WORDS=({' '.join(part or chr(34) * 2 for part in parts)}); COMP_CWORD={len(parts) - 1}; _shtab_segpc; echo ${{COMPREPLY[@]}}"
-    answer = subprocess.run(
-        ["/bin/bash", "-c", f"{script.stdout}\n{predict_probabilities}"], capture_output=True, text=True, check=True
-    )
+    words = f"COMP_WORDS=({' '.join(part or chr(34) * 2 for part in parts)}); COMP_CWORD={len(parts) - 1}"
+    ask = f"{words}; _shtab_segpc; echo ${{COMPREPLY[@]}}"
+    command = ["/bin/bash", "-c", f"{script.stdout}\n{ask}"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
     assert wanted in answer.stdout.split()
 
 
@@ -243,7 +243,8 @@ def test_download_by_a_client(smears, tmp_path, capfd, monkeypatch):
         "PATH",
         fake_client(
             tmp_path / "good",
-            f"assert sys.argv[1:4] == ['datasets', 'download', 'sbilab/segpc2021dataset']\nshutil.copy({archive!r}, sys.argv[5] + '/segpc2021dataset.zip')",
+            "assert sys.argv[1:4] == ['datasets', 'download', 'sbilab/segpc2021dataset']\n"
+            f"shutil.copy({archive!r}, sys.argv[5] + '/segpc2021dataset.zip')",
         ),
     )
     assert run("download", tmp_path / "data") == 0

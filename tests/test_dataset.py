@@ -156,7 +156,7 @@ def test_missing_data_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("SEGPC_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="set SEGPC_DATA"):
         find_dataset()
-    with pytest.raises(FileNotFoundError, match="expected train/x/ID.bmp"):
+    with pytest.raises(FileNotFoundError, match=r"expected train/x/ID.bmp"):
         list_samples(tmp_path)
     with pytest.raises(FileNotFoundError, match="none"):
         list_samples(tmp_path / "none")
@@ -189,7 +189,7 @@ def test_an_escape_in_an_inner_zip_is_refused(tmp_path):
         files.writestr("../../escaped", b"evil")
     with zipfile.ZipFile(tmp_path / "archive.zip", "w") as files:
         files.write(tmp_path / "train.zip", "train.zip")
-    with pytest.raises(PictureError, match="train.zip: the entry '../../escaped'"):
+    with pytest.raises(PictureError, match=r"train.zip: the entry '../../escaped'"):
         unpack_dataset(tmp_path / "archive.zip", tmp_path / "out")
     assert not list(tmp_path.rglob("escaped"))
 
@@ -455,7 +455,7 @@ def test_batches_and_worker_processes(tmp_path):
 def test_masks_of_another_size_than_the_picture_are_refused(tmp_path):
     samples = list_samples(write_split(tmp_path / "train").parent)
     write_image(samples[0].picture, np.zeros((48, 64, 3), np.uint8))
-    with pytest.raises(PictureError, match="106_1.bmp: a mask of 32x24 px; 64x48 px are needed"):
+    with pytest.raises(PictureError, match=r"106_1.bmp: a mask of 32x24 px; 64x48 px are needed"):
         NucleusPictures(samples, (12, 16))
 
 

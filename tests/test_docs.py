@@ -1,4 +1,4 @@
-"""The documentation site, built once: complete, every link and picture there, nothing fetched; searched and clicked through in a browser."""
+"""The documentation site, built once: complete, no broken link, nothing fetched; clicked through in a browser."""
 
 import json
 import re

@@ -1,13 +1,12 @@
-"""The authors' files: reading every layout, every conversion rule against a NumPy oracle, refusals, and parity with the original cli_train."""
+"""The authors' weight files: every layout, every rule against NumPy, refusals, and parity with their own networks."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from golden.keras_file import write_keras_file
 from safetensors.torch import load_file
 from torch import nn
 
@@ -24,10 +23,7 @@ from segpc_nb.keras_weights import (
 )
 from segpc_nb.models import AttentionDeepLabV3Plus, UNet, load_network
 
-REFERENCE = Path(__file__).parent.parent.parent / "shared" / "keras"
-needs_reference = pytest.mark.skipif(
-    not (REFERENCE / "make_hdf5.py").exists(), reason="the reference vectors are not here"
-)
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture
@@ -126,12 +122,12 @@ def test_what_is_no_keras_file(tmp_path):
             read_keras(tmp_path / name)
     with h5py.File(tmp_path / "empty.h5", "w"):
         pass
-    with pytest.raises(ValueError, match="the file ends after 0 layers.*some other network"):
+    with pytest.raises(ValueError, match=r"the file ends after 0 layers.*some other network"):
         convert_keras_file(tmp_path / "empty.h5", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-# -- every rule against a convolution written out in NumPy --------------------------------------------------------------
+# -- every rule against a convolution written out in NumPy ------------------------------------------------------------
 
 
 def convolve(image, kernel, depthwise=False):
@@ -319,77 +315,64 @@ def test_numbers_that_are_not_finite(rng):
         fill_from_keras(network, order, layers)
 
 
-# -- parity with the authors' own networks ------------------------------------------------------------------------------
+# -- parity with the authors' own networks, see golden/README.md ------------------------------------------------------
 
 
-def convert_reference(net, folder, *options):
-    subprocess.run(
-        [sys.executable, REFERENCE / "make_hdf5.py", net, "A", folder / "it.hdf5", *options],
-        check=True,
-        capture_output=True,
-    )
+def convert_reference(net, folder, naming="plain", full=False):
+    "The network with the reference weights, converted from a file as Keras writes it."
+    write_keras_file(folder / "it.hdf5", net, naming, full)
     name = convert_keras_file(folder / "it.hdf5", folder / "it")
     (folder / "it.hdf5").unlink()
     return name
 
 
-def compare(network, net, size):
-    data = np.load(REFERENCE / f"io_{net}_A_{size}.npz")
-    images = data["x_u8"].astype(np.float64)
-    images[..., :3] /= 255
+def predict_reference(network, net, size):
+    "What a network says about a reference input, and what the originals said, every fifth pixel of both."
+    golden = np.load(GOLDEN / f"{net}.npz")
+    image = golden[f"x_{size}"].astype(np.float64)
+    image[..., :3] /= 255
+    images = torch.from_numpy(image.astype(np.float32).transpose(2, 0, 1)[None])
     with torch.inference_mode():
-        ours = network(torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2))
-    return np.abs(ours.permute(0, 2, 3, 1).numpy() - data["y"])
+        return network(images.to(next(network.parameters()).dtype))[0, 0, ::5, ::5].numpy(), golden
 
 
-@needs_reference
-@pytest.mark.parametrize(
-    "options", ([], pytest.param(["--format", "full", "--zero-based"], marks=pytest.mark.slow)), ids=("weights", "full")
-)
-def test_unet_answers_as_the_original(tmp_path, options):
-    assert convert_reference("unet", tmp_path, *options) == "U-Net"
+def difference(network, net, size):
+    ours, golden = predict_reference(network, net, size)
+    return np.abs(ours - golden[f"y_{size}"])
+
+
+@pytest.mark.parametrize(("naming", "full"), (("plain", False), ("zero", True)))
+def test_unet_answers_as_the_original(tmp_path, naming, full):
+    assert convert_reference("unet", tmp_path, naming, full) == "U-Net"
     network = load_network(tmp_path / "it")
-    assert compare(network, "unet", 256).max() < 5e-5
+    assert difference(network, "unet", 256).max() < 5e-5
     network.save_pretrained(tmp_path / "hub")
-    assert compare(UNet.from_pretrained(tmp_path / "hub").eval(), "unet", 256).max() < 5e-5
+    assert difference(UNet.from_pretrained(tmp_path / "hub").eval(), "unet", 256).max() < 5e-5
 
 
-@needs_reference
 def test_deeplab_answers_as_the_original_at_both_sizes(tmp_path):
-    assert convert_reference("cyt", tmp_path, "--offset-names") == "Attention DeepLabv3+"
+    assert convert_reference("cyt", tmp_path, "offset") == "Attention DeepLabv3+"
     network = load_network(tmp_path / "it")
     for size in (256, 384):
-        wrong = compare(network, "cyt", size)
+        wrong = difference(network, "cyt", size)
         assert wrong.max() < 3e-4 and wrong.mean() < 3e-5
     network.save_pretrained(tmp_path / "hub")
     again = AttentionDeepLabV3Plus.from_pretrained(tmp_path / "hub").eval()
-    assert compare(again, "cyt", 256).max() < 3e-4
+    assert difference(again, "cyt", 256).max() < 3e-4
 
 
-@needs_reference
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", ([], ["--zero-based"], ["--format", "full"], ["--format", "full", "--offset-names"])
-)
-def test_every_naming_gives_the_same_tensors(tmp_path, options):
-    for folder, chosen in ((tmp_path / "a", ["--offset-names"]), (tmp_path / "b", options)):
+@pytest.mark.parametrize(("naming", "full"), (("plain", False), ("zero", False), ("plain", True), ("offset", True)))
+def test_every_naming_gives_the_same_tensors(tmp_path, naming, full):
+    for folder, chosen in ((tmp_path / "a", ("offset", False)), (tmp_path / "b", (naming, full))):
         folder.mkdir()
         convert_reference("cyt", folder, *chosen)
     a, b = (load_file(tmp_path / name / "it" / "model.safetensors") for name in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@needs_reference
-@pytest.mark.slow
-@pytest.mark.parametrize(("net", "size"), (("unet", 256), ("cyt", 256)))
-def test_double_precision_equals_the_gold(tmp_path, net, size):
+@pytest.mark.parametrize("net", ("unet", pytest.param("cyt", marks=pytest.mark.slow)))
+def test_double_precision_equals_the_original_in_double_precision(tmp_path, net):
     convert_reference(net, tmp_path)
-    data = np.load(REFERENCE / f"io_{net}_A_{size}.npz")
-    images = data["x_u8"][:1].astype(np.float64)
-    images[..., :3] /= 255
-    with torch.inference_mode():
-        ours = load_network(tmp_path / "it").double()(
-            torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2).double()
-        )
-    gold = data["y"][:1].astype(np.float64) + data["y64_minus_y"]
-    assert np.abs(ours.permute(0, 2, 3, 1).numpy() - gold).max() < 1e-8
+    ours, golden = predict_reference(load_network(tmp_path / "it").double(), net, 256)
+    assert np.abs(ours - golden["exact_256"]).max() < 1e-8

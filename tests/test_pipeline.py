@@ -231,7 +231,7 @@ def test_split_nuclei_do_not_overlap_after_stretching():
     ],
 )
 def test_what_is_no_picture_is_refused(wrong):
-    with pytest.raises(ValueError, match="image: .*; expected a uint8 array"):
+    with pytest.raises(ValueError, match=r"image: .*; expected a uint8 array"):
         SEGMENTER.segment(wrong)
 
 

@@ -1,7 +1,6 @@
 """Files and back: masks, tables and submissions keep every cell, and bad files are named."""
 
 import os
-import time
 import zipfile
 from dataclasses import replace
 
@@ -167,7 +166,7 @@ def test_names_stay_text(tmp_path):
 )
 def test_faulty_tables_are_named(tmp_path, text):
     (tmp_path / "cells.csv").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match="cells.csv"):
+    with pytest.raises(ValueError, match=r"cells.csv"):
         read_cells_csv(tmp_path / "cells.csv")
 
 
@@ -278,7 +277,7 @@ def test_same_cells_same_zip_and_nothing_else_is_left(tmp_path):
 
 def test_a_folder_in_the_way_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="s.zip was not written"):
+    with pytest.raises(OSError, match=r"s.zip was not written"):
         write_submission(tmp_path / "file" / "s.zip", {}, {})
 
 
@@ -336,14 +335,16 @@ def test_zip_without_or_with_several_texts(tmp_path):
         read_submission(tmp_path / "s.zip")
 
 
-def test_large_cells_are_written_fast(tmp_path):
+def test_large_cells_come_back(tmp_path):
     disc = np.hypot(*np.mgrid[-100:101, -100:101])
     cell = cell_from_parts(1, (400, 400, 601, 601), disc < 60, disc < 100)
     cells = {str(i): [replace(cell, id=k) for k in range(5)] for i in range(4)}  # 20 cells of 31 000 px
-    start = time.process_time()
     write_submission(tmp_path / "s.zip", cells, dict.fromkeys(cells, OFFICIAL_SHAPE))
-    read_submission(tmp_path / "s.zip")
-    assert time.process_time() - start < 6  # about 1 on one core
+    back = read_submission(tmp_path / "s.zip")
+    assert list(back) == list(cells)
+    for members in back.values():
+        assert len(members) == 5 and all(np.array_equal(member.cytoplasm, cell.cytoplasm) for member in members)
+        assert all((member.bbox, member.area) == (cell.bbox, cell.area) for member in members)
 
 
 @pytest.mark.skipif("SEGPC_DATA" not in os.environ, reason="needs SEGPC_DATA")

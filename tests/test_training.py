@@ -353,7 +353,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_other_data_are_refused(tmp_path):
     fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path, data="a")
-    with pytest.raises(ValueError, match="holds another run .data: 'a' there, 'b' now"):
+    with pytest.raises(ValueError, match=r"holds another run .data: 'a' there, 'b' now"):
         fit(tiny(), Blobs(8, 3, (16, 16)), None, TINY, tmp_path, data="b")
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -184,7 +185,7 @@ def test_the_nucleus_of_a_place():
 def test_every_layer_draws_something(segmenter, layer):
     inspection = inspect(segmenter, smear())
     bare, drawn = (
-        pixels(draw_png(lambda ax: show_layers(inspection, layers, ax), (60, 80), 240)) for layers in ((), (layer,))
+        pixels(draw_png(partial(show_layers, inspection, layers), (60, 80), 240)) for layers in ((), (layer,))
     )
     assert bare.shape == drawn.shape == (180, 240, 3) and (bare != drawn).any()
 

@@ -1,0 +1,155 @@
+"""docs/results.md from the files in results/: `make readme`."""
+
+import json
+from pathlib import Path
+
+docs = Path(__file__).parent
+results = docs.parent / "results"
+
+COLUMNS = {
+    "official": "official",
+    "pq": "PQ",
+    "ap50": "AP50",
+    "f1": "F1",
+    "recall": "recall",
+    "precision": "precision",
+    "aji": "AJI",
+    "nucleus_iou": "nucleus IoU",
+    "cytoplasm_iou": "cytoplasm IoU",
+}
+
+
+def load(name: str) -> dict:
+    "One file of results/."
+    return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    "A table in Markdown."
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def scores_table(
+    run: dict,  # a file that `nbs/runs/3_evaluate.ipynb` wrote
+    methods: tuple[str, ...] = (),  # rows; all without any
+    columns: tuple[str, ...] = tuple(COLUMNS),
+) -> str:
+    "The scores of a run, the official one with its interval."
+    rows = []
+    for method in methods or run["methods"]:
+        scores = run["methods"][method]
+        low, high = scores["ci"]["official"]
+        cells = {name: f"{scores[name]:.3f}" for name in columns}
+        cells["official"] += f" [{low:.3f}, {high:.3f}]"
+        rows.append([method, *cells.values()])
+    return table(["method", *(COLUMNS[name] for name in columns)], rows)
+
+
+def nuclei_table(run: dict) -> str:
+    "What stage one finds, by the least score of a nucleus."
+    chosen = run["chosen"]["min_score"]
+    labels = {f"{chosen:.2f}": f"{chosen:.3f} (chosen)"}
+    names = ("nuclei per picture", "annotated ones found", "mean IoU of these")
+    rows = [
+        [labels.get(least, least), *(format(found[name], style) for name, style in zip(names, (".1f", ".1%", ".3f")))]
+        for least, found in run["nuclei"].items()
+    ]
+    return table(["least score", *names], rows)
+
+
+def network_rows(speed: dict, count: str) -> list[list[str]]:
+    "The paper's networks on one picture, by backend."
+    ways = speed[f"paper networks, {count}"]
+    return [
+        [
+            f"the paper's networks, {count}, `--backend {backend}`",
+            f"{ways[backend]['seconds']:.1f} s, {ways[backend]['ratio']:.1f} times as fast; "
+            f"{ways[backend]['share of the networks']:.0%} of it in the networks",
+        ]
+        for backend in ("torch", "onnxruntime", "openvino")
+    ]
+
+
+def runtime_rows(run: dict, backends: tuple[str, ...], where: str) -> list[list[str]]:
+    "How much faster than PyTorch a runtime is."
+    rows = []
+    for backend in backends:
+        ratios = [ratio[backend] for ratio in run["ratio"].values()]
+        found = f"{min(ratios):.1f} to {max(ratios):.1f} times as fast"
+        rows.append([f"`--backend {backend}` against PyTorch, by network and batch{where}", found])
+    return rows
+
+
+def speed_table() -> str:
+    "The benchmarks in words."
+    speed, runtimes, half, engine = (
+        load(f"benchmarks/{name}") for name in ("speed", "runtimes", "runtimes_16_bits", "engine")
+    )
+    rows = [
+        [
+            f"everything but the networks, {count}",
+            f"{row['project']:.2f} s, {row['ratio']:.0f} times as fast as the straightforward way",
+        ]
+        for count, row in speed["without networks"].items()
+    ]
+    for count in speed["without networks"]:
+        rows += network_rows(speed, count)
+    one, two = (speed["pictures per second by cores, shipped networks, 8 nuclei"][cores] for cores in "12")
+    rows += [
+        [
+            f"the networks of the package, 8 nuclei, `--backend {backend}`",
+            f"{one[backend]:.1f} pictures per second on one core, {two[backend]:.1f} on two",
+        ]
+        for backend in one
+    ]
+    pictures, peaks = zip(*speed["peak MB by pictures"].items())
+    rows.append(
+        [f"highest memory after {', '.join(pictures)} pictures", f"{', '.join(f'{peak:.0f}' for peak in peaks)} MB"]
+    )
+    rows += runtime_rows(runtimes, ("onnxruntime", "openvino"), "")
+    other = ", on a processor that multiplies 16-bit numbers (`runtimes_16_bits.json`)"
+    rows += runtime_rows(half, ("openvino", "openvino-bf16"), other)
+    rows.append(["training engine against a bare loop", f"{engine['ratio']:.2f} of its samples per second"])
+    return table(["what", "measured"], rows)
+
+
+def crops_text() -> str:
+    "How often each scale is asked."
+    crops = load("benchmarks/speed")["crops asked"]
+    first, *others = (crops[scale] for scale in ("0.5", "1.75", "2.6", "3.0"))
+    return (
+        f"Stage one finds {crops['nuclei']} nuclei of any score in the 298 pictures. The paper's selection asks about "
+        f"{others[0]} of them\nat scale 1.75, {others[1]} at 2.6, {others[2]} at 3.0 and {first} at 0.5, "
+        f"{crops['of all']:.0%} of all crops. The default bundle never keeps scale 0.5:\n"
+        "its upper ratio, fitted on validation pictures, is -1 (`upper_ratios[0]` in `bundle.json`)."
+    )
+
+
+def results_page() -> str:
+    "The text of docs/results.md."
+    light, smoke = load("light"), load("smoke")
+    methods, least = light["methods"], light["chosen"]["min_score"]
+    return (
+        (docs / "results.md.in")
+        .read_text(encoding="utf-8")
+        .format(
+            real=scores_table(light),
+            nuclei=nuclei_table(light),
+            synthetic=scores_table(smoke),
+            speed=speed_table(),
+            crops=crops_text(),
+            paper=methods["paper"],
+            yardstick=methods["yardstick: one network + watershed"],
+            smoke=smoke["methods"]["paper"],
+            least=least,
+            found=light["nuclei"][f"{least:.2f}"],
+            annotated=methods["paper"]["cells"] / methods["paper"]["pictures"],
+            overlap=methods["paper"]["pq"] / methods["paper"]["f1"],
+            pictures=199 + 40 + methods["paper"]["pictures"],
+            **{name: light["yardstick"][name] for name in ("epochs", "cpu_seconds")},
+        )
+    )
+
+
+if __name__ == "__main__":
+    (docs / "results.md").write_text(results_page(), encoding="utf-8")
