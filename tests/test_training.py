@@ -144,7 +144,8 @@ def loud_step(self, *arguments, **settings):
 torch.save, torch.optim.AdamW.step = slow_save, loud_step
 print("started", os.environ.get("RANK", "0"), os.getpid(), flush=True)
 try:
-    fit(with_dropout(), Slow(24, 3, (16, 16)), Blobs(4, 3, (16, 16)), config, folder, options=RunOptions(workers=int(sys.argv[4])))
+    options = RunOptions(workers=int(sys.argv[4]))
+    fit(with_dropout(), Slow(24, 3, (16, 16)), Blobs(4, 3, (16, 16)), config, folder, options=options)
 except KeyboardInterrupt:
     sys.exit(130)
 """
