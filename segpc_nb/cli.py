@@ -61,7 +61,8 @@ COMMANDS = {
         train,
         (
             "segpc train nucleus --data data/segpc --out runs/mine",
-            "segpc train cytoplasm --data data/segpc --out runs/mine --train.lr 3e-4 --train.network.decoder_channels 64",
+            "segpc train cytoplasm --data data/segpc --out runs/mine --train.lr 3e-4 "
+            "--train.network.decoder_channels 64",
             "segpc train cytoplasm --preset light --print_config > mine.yaml",
         ),
         ("stage",),
@@ -313,7 +314,8 @@ def main(
         if words[0] not in COMMANDS and not words[0].startswith("-"):
             near = difflib.get_close_matches(words[0], COMMANDS, 1)
             raise ValueError(
-                f"no command {words[0]!r}{f', did you mean {near[0]!r}?' if near else ';'} The commands are {', '.join(COMMANDS)}"
+                f"no command {words[0]!r}{f', did you mean {near[0]!r}?' if near else ';'} The commands are "
+                f"{', '.join(COMMANDS)}"
             )
         chosen = parser.parse_args(preset_of_config(words))
         options = {name: value for name, value in chosen[chosen.command].as_dict().items() if name != "config"}

@@ -55,7 +55,8 @@ def kaggle_zip(
     path = folder / f"{KAGGLE.split('/')[1]}.zip"
     if code or not path.exists():
         raise ValueError(
-            f"Kaggle's client did not download {KAGGLE} (exit code {code}, its words stand above). No account: make one at https://www.kaggle.com, "
+            f"Kaggle's client did not download {KAGGLE} (exit code {code}, its words stand above). No account: "
+            "make one at https://www.kaggle.com, "
             f"then `kaggle auth login`. No network: try again where there is one. Or {by_hand}"
         )
     return path
@@ -150,7 +151,8 @@ def check_pictures(
                 {
                     "file": path.name,
                     "level": "error",
-                    "problem": f"{names[path.stem]} pictures are called {path.stem}; rename them, results are named after them",
+                    "problem": f"{names[path.stem]} pictures are called {path.stem}; rename them, results are "
+                    "named after them",
                 }
             )
     others = sorted(
@@ -283,7 +285,6 @@ def scale_lines(
         f"{'peak':>8}{'scale':>8}{'best score':>12}",
     ]
     for row in result["scales"]:
-        lines.append(
-            f"{'paper' if row['peak'] is None else format(row['peak'], '.2f'):>8}{row['scale']:>8.2f}{row['bound']:>12.4f}"
-        )
+        peak = "paper" if row["peak"] is None else f"{row['peak']:.2f}"
+        lines.append(f"{peak:>8}{row['scale']:>8.2f}{row['bound']:>12.4f}")
     return "\n".join(lines)

@@ -34,7 +34,8 @@ def predict(
 
     if preset != "project" and bundle is None:
         raise ValueError(
-            f"--preset {preset} needs --bundle, the folder of the authors' converted weights; make it with `segpc convert-keras`"
+            f"--preset {preset} needs --bundle, the folder of the authors' converted weights; make it with "
+            "`segpc convert-keras`"
         )
     if select == "keep-all" and min_score is not None:
         raise ValueError(
@@ -48,13 +49,15 @@ def predict(
     ):
         if preset != "project" and value is not None:
             raise ValueError(
-                f"{option} {value} does not go with --preset {preset}, which keeps every plausible cell of whole fields; leave one of them out"
+                f"{option} {value} does not go with --preset {preset}, which keeps every plausible cell of "
+                "whole fields; leave one of them out"
             )
     found = {}
     for path in find_pictures(pictures):
         if path.stem in found:
             raise ValueError(
-                f"{found[path.stem]} and {path} have the same name, and masks are named after it; rename one or use two --out folders"
+                f"{found[path.stem]} and {path} have the same name, and masks are named after it; rename one "
+                "or use two --out folders"
             )
         found[path.stem] = path
     return predict_pictures(
@@ -78,12 +81,14 @@ def evaluate(
     (annotated, shapes), (found, found_shapes) = read_results(truth), read_results(pred)
     if found and not annotated.keys() & found.keys():
         raise ValueError(
-            f"{pred} and {truth} have no picture in common ({min(found)}... and {min(annotated, default='none')}...); check the folders"
+            f"{pred} and {truth} have no picture in common ({min(found)}... and "
+            f"{min(annotated, default='none')}...); check the folders"
         )
     for id in annotated.keys() & found.keys():
         if shapes[id] != found_shapes[id]:
             raise ValueError(
-                f"picture {id} has {found_shapes[id]} px in {pred} and {shapes[id]} px in {truth}; predict on pictures of the annotation's size"
+                f"picture {id} has {found_shapes[id]} px in {pred} and {shapes[id]} px in {truth}; predict on "
+                "pictures of the annotation's size"
             )
 
     def plain(value):
@@ -134,7 +139,8 @@ def predicted_pictures(
     found = {path.stem: path for path in find_pictures(pictures)}
     if missing := sorted(shapes.keys() - found.keys()):
         raise ValueError(
-            f"--pictures has no picture for {', '.join(missing[:5])}, of which {Path(pred) / 'y'} holds masks; give the pictures that were predicted"
+            f"--pictures has no picture for {', '.join(missing[:5])}, of which {Path(pred) / 'y'} holds masks; "
+            "give the pictures that were predicted"
         )
     return {id: found[id] for id in shapes}
 

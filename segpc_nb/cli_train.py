@@ -71,7 +71,8 @@ def reproduce(
         raise ValueError(f"--jobs {jobs}: allowed are 1 and more")
     if not script.exists():
         raise ValueError(
-            f"--runs {runs} holds no reproduce.py: the run notebooks are in the repository, not in the package; clone it and give --runs REPOSITORY/nbs/runs, or use `segpc train`"
+            f"--runs {runs} holds no reproduce.py: the run notebooks are in the repository, not in the "
+            "package; clone it and give --runs REPOSITORY/nbs/runs, or use `segpc train`"
         )
     if importlib.util.find_spec("papermill") is None:
         raise ModuleNotFoundError("the run notebooks need the extra: pip install 'segpc_nb[run]'")
@@ -79,7 +80,8 @@ def reproduce(
     code = subprocess.run([sys.executable, str(script), *words], check=False).returncode
     if code:
         raise ValueError(
-            f"the chain ended with exit code {code}, its words stand above; a notebook that failed is FAILED.ipynb below {out}; the same command goes on from there"
+            f"the chain ended with exit code {code}, its words stand above; a notebook that failed is "
+            f"FAILED.ipynb below {out}; the same command goes on from there"
         )
 
 # %% ../nbs/62_cli_train.ipynb #893a870d
