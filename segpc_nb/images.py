@@ -8,6 +8,7 @@ __all__ = ['PICTURE_SUFFIXES', 'MAX_PIXELS', 'WRITABLE', 'EMPTY_ROWS', 'MICROSCO
            'find_pictures', 'equalize_histogram', 'Slide', 'open_slide', 'read_any']
 
 # %% ../nbs/04_images.ipynb #4477c354
+import os
 import io
 import re
 import struct
@@ -245,7 +246,7 @@ def find_pictures(
         if not inside:
             raise PictureError(path, "a folder without pictures", f"allowed are {' '.join(PICTURE_SUFFIXES)}")
         for file in inside:
-            found.setdefault(file.resolve(), file)
+            found.setdefault(os.path.abspath(file), file)  # a link keeps the name that it was given
     if not found:
         raise ValueError("paths is empty; give at least one picture or folder")
     return list(found.values())

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,12 +23,12 @@ import tifffile
 import torch
 
 from segpc_nb import batch, results
-from segpc_nb.batch import PredictOptions, overlap_io, predict_picture, predict_pictures
+from segpc_nb.batch import PredictOptions, predict_picture, predict_pictures
 from segpc_nb.cells import iou_table
 from segpc_nb.cli_predict import report
 from segpc_nb.config import BundleConfig
 from segpc_nb.hardware import keep_memory
-from segpc_nb.images import write_image
+from segpc_nb.images import find_pictures, write_image
 from segpc_nb.journal import JOURNAL, read_journal
 from segpc_nb.pipeline import SHIPPED, Segmenter, load_bundle, save_bundle
 from segpc_nb.runtimes import missing_packages
@@ -46,15 +47,17 @@ def smears(tmp_path_factory):
     return sorted(next(root.rglob("x")).iterdir())
 
 
+STUB = Segmenter(
+    lambda x: 40 * (0.35 - x[:, 1:2]),
+    {1.75: lambda x: 40 * (0.7 - x[:, 1:2])},
+    BundleConfig((60, 80), (1.75,), (32,)),
+)
+
+
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
     "Three drawn pictures of one cell, and a pipeline of arithmetic in place of the networks."
-    segmenter = Segmenter(
-        lambda x: 40 * (0.35 - x[:, 1:2]),
-        {1.75: lambda x: 40 * (0.7 - x[:, 1:2])},
-        BundleConfig((60, 80), (1.75,), (32,)),
-    )
-    monkeypatch.setattr(batch, "load_segmenter", lambda wanted: segmenter)
+    monkeypatch.setattr(batch, "load_segmenter", lambda options: STUB)
     for k in range(3):
         picture = np.full((60, 80, 3), (232, 215, 225), np.uint8)
         cv2.circle(picture, (30 + 5 * k, 30), 15, (150, 140, 200), -1)
@@ -104,8 +107,12 @@ def test_what_is_done_is_skipped_until_something_changed(drawn, tmp_path):
     before = masks(out)
     assert predict_pictures(drawn, out).skipped == ["0", "1", "2"]
     (out / "y" / "1_1.png").unlink()  # a mask is gone
-    os.utime(drawn[2], ns=(1, 1))  # a picture is another one
-    assert list(predict_pictures(drawn, out).cells) == ["1", "2"] and masks(out) == before
+    os.utime(drawn[0], ns=(1, 1))  # the date does not matter
+    write_image(drawn[2], cv2.imread(str(drawn[2]))[:, ::-1, ::-1])  # a picture is another one
+    assert list(predict_pictures(drawn, out).cells) == ["1", "2"]
+    assert {name: masks(out)[name] for name in ("0_1.png", "1_1.png")} == {
+        name: before[name] for name in ("0_1.png", "1_1.png")
+    }
     assert list(predict_pictures(drawn, out, PredictOptions(select="keep-all")).cells) == ["0", "1", "2"]  # another way
     assert list(predict_pictures(drawn, out, PredictOptions(select="keep-all"), redo=True).cells) == ["0", "1", "2"]
     assert sorted(pd.read_csv(out / "cells.csv").picture.tolist()) == [0, 1, 2]
@@ -139,12 +146,116 @@ def test_a_full_disk_is_reported_per_picture_and_nothing_is_half_done(drawn, tmp
     assert list(predict_pictures(drawn, tmp_path / "out").cells) == ["0", "1", "2"]
 
 
-def test_an_unforeseen_error_is_not_swallowed():
-    def broken(item, result):
-        raise KeyError("a bug")
+def test_an_unforeseen_error_is_loud_and_ends_no_other_picture(drawn, tmp_path, monkeypatch, capsys):
+    real = batch.predict_cells
 
-    with pytest.raises(KeyError, match="a bug"):
-        list(overlap_io(range(3), lambda item: item, lambda item, value: value, broken))
+    def broken(options, segmenter, picture):
+        if picture.path == drawn[1]:
+            raise KeyError("a bug")
+        return real(options, segmenter, picture)
+
+    monkeypatch.setattr(batch, "predict_cells", broken)
+    found = predict_pictures(drawn, tmp_path / "out")
+    assert list(found.cells) == ["0", "2"]
+    assert found.failed == {drawn[1]: "unexpected KeyError: 'a bug'; please report it"}
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_one_patient_never_gets_the_cells_of_another(drawn, tmp_path):
+    out = tmp_path / "out"
+    for patient, picture in (("anna", drawn[0]), ("bert", drawn[1])):
+        (tmp_path / patient).mkdir()
+        shutil.copy(picture, tmp_path / patient / "1.png")
+        os.utime(tmp_path / patient / "1.png", ns=(1, 1))
+    assert list(predict_pictures([tmp_path / "anna/1.png"], out).cells) == ["1"]
+    before = masks(out)
+    for redo in (False, True):
+        with pytest.raises(ValueError, match=r"anna/1.png; .*bert/1.png is another picture of the same name"):
+            predict_pictures([tmp_path / "bert/1.png"], out, redo=redo)
+    assert masks(out) == before
+    (tmp_path / "anna").rename(tmp_path / "archive")  # the same picture in another place is done
+    assert predict_pictures([tmp_path / "archive/1.png"], out).skipped == ["1"]
+
+
+def test_a_second_run_into_the_same_folder_is_refused(drawn, tmp_path):
+    with batch.one_writer(tmp_path / "out"), pytest.raises(ValueError, match="another run writes into"):
+        predict_pictures(drawn, tmp_path / "out")
+    assert len(predict_pictures(drawn, tmp_path / "out").cells) == 3
+
+
+def test_other_options_are_said(drawn, tmp_path):
+    predict_pictures(drawn, tmp_path / "out")
+    lines = []
+    predict_pictures(drawn, tmp_path / "out", PredictOptions(select="keep-all"), on_progress=lines.append)
+    assert lines[0] == "3 pictures were predicted with other options, networks or version: predicted again"
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError("closed"), UnicodeEncodeError("ascii", "é", 0, 1, "no")])
+def test_what_cannot_be_printed_is_predicted(drawn, tmp_path, error):
+    def say(line):
+        raise error
+
+    found = predict_pictures(drawn, tmp_path / "out", on_progress=say)
+    assert list(found.cells) == ["0", "1", "2"] and not found.failed
+    assert len(pd.read_csv(tmp_path / "out" / "cells.csv")) == 3
+
+
+def test_links_into_a_store_keep_their_names(drawn, tmp_path):
+    blob = tmp_path / "store" / "ab12"
+    blob.parent.mkdir()
+    shutil.copy(drawn[0], blob)
+    (tmp_path / "linked").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "linked" / name).symlink_to(blob)
+    paths = find_pictures([tmp_path / "linked"])
+    assert [path.name for path in paths] == ["a.png", "b.png"]
+    assert sorted(predict_pictures(paths, tmp_path / "out").cells) == ["a", "b"]
+
+
+def test_a_done_picture_that_is_gone_is_named(drawn, tmp_path):
+    predict_pictures(drawn, tmp_path / "out")
+    drawn[1].unlink()
+    drawn[1].symlink_to(tmp_path / "nowhere.png")
+    found = predict_pictures(drawn, tmp_path / "out")
+    assert (found.skipped, list(found.failed)) == (["0", "2"], [drawn[1]])
+
+
+def test_a_pipe_is_refused_and_the_others_are_done(drawn, tmp_path):
+    pipe = drawn[0].with_name("pipe.png")
+    os.mkfifo(pipe)
+    found = predict_pictures([*drawn, pipe], tmp_path / "out")
+    assert "neither a file nor a folder" in found.failed[pipe] and len(found.cells) == 3
+
+
+def test_a_line_that_was_edited_counts_for_nothing(drawn, tmp_path):
+    out = tmp_path / "out"
+    predict_pictures(drawn, out)
+    lines = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
+    lines[0]["cells"][0]["score"] = 7
+    lines[1]["cells"][0]["picture"] = "9"
+    lines[2]["key"] = None
+    (out / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines) + "[[1]]\n\x00\n")
+    assert read_journal(out) == {}
+    assert list(predict_pictures(drawn, out).cells) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_the_table_of_what_is_done(drawn, tmp_path, number):
+    script = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from segpc_nb import batch
+from test_batch import STUB
+batch.load_segmenter = lambda options: STUB
+def say(line):
+    if line.startswith("1:"):
+        os.kill(os.getpid(), {int(number)})
+batch.predict_pictures([Path(path) for path in sys.argv[2:]], Path(sys.argv[1]), on_progress=say)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out"), *map(str, drawn)], check=False)
+    assert done.returncode == 128 + number
+    assert set(pd.read_csv(tmp_path / "out" / "cells.csv").picture) >= {0, 1}
 
 
 @needs_bundle
