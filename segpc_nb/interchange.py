@@ -9,6 +9,7 @@ __all__ = ['CATEGORIES', 'FORMATS', 'coco_dataset', 'polygons', 'qupath_features
 # %% ../nbs/51_interchange.ipynb #a24c0fd1
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -52,12 +53,19 @@ def _annotation(mask: np.ndarray, cell: Cell, shape: tuple[int, int]) -> dict:
 def coco_dataset(
     cells: dict[str, list[Cell]],  # of every picture
     shapes: dict[str, tuple[int, int]],  # (H, W) of every picture
-    suffix: str = ".png",  # of the pictures' files
+    names: dict[str, str] | None = None,  # file of each picture; ID.png where it is not known
 ) -> dict:  # to be written as JSON
     "All cells and nuclei as COCO annotations with a score."
     images, annotations = [], []
     for number, (id, shape) in enumerate(shapes.items(), 1):
-        images.append({"id": number, "file_name": f"{id}{suffix}", "height": int(shape[0]), "width": int(shape[1])})
+        images.append(
+            {
+                "id": number,
+                "file_name": (names or {}).get(id, f"{id}.png"),
+                "height": int(shape[0]),
+                "width": int(shape[1]),
+            }
+        )
         for k, cell in enumerate(cells.get(id, []), 1):
             both = [(1, cell.mask)] + [(2, cell.nucleus)] * bool(cell.nucleus.any())
             first = len(annotations) + 1
@@ -174,15 +182,17 @@ def _shape_measures(name: str, mask: np.ndarray) -> dict:
 
 def detailed_table(
     cells: dict[str, list[Cell]],  # of every picture
-    pictures: dict[str, np.ndarray],  # (H, W, 3) uint8 RGB of every picture
+    pictures: Mapping[str, np.ndarray],  # (H, W, 3) uint8 RGB of every picture; each is asked for once
     pixel_um: float | None = None,  # side of a pixel, um; None leaves lengths in px
 ) -> pd.DataFrame:  # one row per cell: the columns of cells.csv and more
     "Measure cells in their pictures."
-    rows = []
+    rows, shapes = [], {}
     for id, members in cells.items():
+        picture = pictures[id]
+        shapes[id] = picture.shape[:2]
         for cell in members:
             top, left, bottom, right = cell.bbox
-            window = pictures[id][top:bottom, left:right]
+            window = picture[top:bottom, left:right]
             stains = rgb2hed(window)[..., :2]
             row = _shape_measures("cell", cell.mask) | _shape_measures("nucleus", cell.nucleus)
             for part in ("nucleus", "cytoplasm"):
@@ -198,7 +208,7 @@ def detailed_table(
                     for part in ("mask", "nucleus", "cytoplasm")
                 }
             rows.append(row)
-    table = cells_table(cells, {id: picture.shape[:2] for id, picture in pictures.items()})
+    table = cells_table(cells, shapes)
     return pd.concat([table, pd.DataFrame(rows, index=table.index)], axis=1).rename(columns={"mask_um2": "cell_um2"})
 
 
@@ -229,15 +239,16 @@ def export_cells(
     out: Path,  # file for coco and table; folder for geojson and labels, which are one file per picture
     cells: dict[str, list[Cell]],  # of every picture
     shapes: dict[str, tuple[int, int]],  # (H, W) of every picture
-    pictures: dict[str, np.ndarray] | None = None,  # (H, W, 3) uint8 RGB; for shape and stain in tables and QuPath
+    pictures: Mapping[str, np.ndarray] | None = None,  # (H, W, 3) uint8 RGB; for shape and stain in tables and QuPath
     pixel_um: float | None = None,  # side of a pixel, um
+    names: dict[str, str] | None = None,  # file of each picture, for COCO
 ) -> list[Path]:  # the files
     "Write cells in another program's format."
     if kind not in FORMATS:
         raise ValueError(f"kind = {kind!r}, allowed: {', '.join(FORMATS)}")
     out = Path(out)
     if kind == "coco":
-        write_bytes(out, json.dumps(coco_dataset(cells, shapes)).encode())
+        write_bytes(out, json.dumps(coco_dataset(cells, shapes, names)).encode())
         return [out]
     table = detailed_table(cells, pictures, pixel_um) if pictures else cells_table(cells, shapes)
     if kind == "table":

@@ -111,7 +111,7 @@ def score_entries(
 def write_report(
     path: Path,  # .html
     pictures: Iterable[tuple[str, np.ndarray, list[Cell]]],  # id, (H, W, 3) uint8 RGB, cells; read one after the other
-    truth: dict[str, list[Cell]] | None = None,  # annotated cells of every picture
+    truth: dict[str, list[Cell]] | None = None,  # annotated cells of the pictures that were annotated
     title: str = "Plasma cells",
     how: dict | None = None,  # how the cells were made, shown as it is
     pixel_um: float | None = None,  # side of a pixel, um; areas are in px without it
@@ -121,7 +121,8 @@ def write_report(
     for id, image, cells in pictures:
         source, factor = preview(image)
         shapes[id], found[id], annotated = image.shape[:2], cells, (truth or {}).get(id, [])
-        overlaps = iou_table(annotated, cells).max(0, initial=0).tolist() if truth is not None else [None] * len(cells)
+        judged = truth is not None and id in truth
+        overlaps = iou_table(annotated, cells).max(0, initial=0).tolist() if judged else [None] * len(cells)
         members = [
             cell_entry(k, cell, shapes[id], factor, unit, iou) for k, (cell, iou) in enumerate(zip(cells, overlaps), 1)
         ]
@@ -143,6 +144,9 @@ def write_report(
         "pictures": entries,
     }
     data |= {"unit": "µm²" if pixel_um else "px", "digits": 1 if pixel_um else 0}
+    if truth is not None:  # a picture without annotation judges nobody
+        found, shapes = ({id: of[id] for id in found if id in truth} for of in (found, shapes))
+        truth = {id: truth[id] for id in found}
     data["scores"] = score_entries(found, truth, shapes) if truth is not None else None
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # nothing in it can end the script
     write_bytes(path, TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text).encode())

@@ -161,13 +161,15 @@ def read_cells_csv(
             raise ValueError(
                 f"{path}: column {name} holds something other than numbers; write it again with `segpc predict`"
             )
+    if len(table) and not table["score"].between(0, 1).all():
+        raise ValueError(f"{path}: a score outside of 0 to 1; write it again with `segpc predict`")
     return table
 
 # %% ../nbs/13_results.ipynb #d7171a14
 def read_results(
     folder: Path,  # holds y with the masks, and cells.csv if scores are known
 ) -> tuple[dict[str, list[Cell]], dict[str, tuple[int, int]]]:  # cells and (H, W) of every picture that has a mask
-    "Read predicted or annotated cells; `score` and `scale` come from cells.csv where it stands beside y."
+    "Read predicted or annotated cells; score, scale and the nucleus' number come from cells.csv where it stands beside y."
     folder = Path(folder)
     if not (folder / "y").is_dir():
         raise FileNotFoundError(
@@ -178,8 +180,10 @@ def read_results(
         return cells, shapes
     table = read_cells_csv(folder / "cells.csv")
     scales = table["scale"] if "scale" in table else [0.0] * len(table)
+    nuclei = table["nucleus"] if "nucleus" in table else table["id"]
     known = {
-        (id, k): (scale, score) for id, k, scale, score in zip(table["picture"], table["id"], scales, table["score"])
+        (id, k): {"id": int(nucleus), "scale": float(scale), "score": float(score)}
+        for id, k, nucleus, scale, score in zip(table["picture"], table["id"], nuclei, scales, table["score"])
     }
     for id, members in cells.items():
         for n, cell in enumerate(members):
@@ -187,6 +191,5 @@ def read_results(
                 raise ValueError(
                     f"{folder / 'cells.csv'} has no row for mask {id}_{cell.id}; predict again, or remove cells.csv to do without scores"
                 )
-            scale, score = known[id, cell.id]
-            members[n] = replace(cell, scale=float(scale), score=float(score))
+            members[n] = replace(cell, **known[id, cell.id])
     return cells, shapes

@@ -472,14 +472,16 @@ def test_a_picture_replaced_while_it_is_predicted_is_predicted_again(drawn, tmp_
     assert drawn[0].read_bytes() != first
 
 
-def test_what_version_0_1_wrote_counts_as_done(drawn, tmp_path):
-    "Keys and lines of the journal stay as they were."
-    options = PredictOptions(bundle=tmp_path / "nothing")
-    assert options.key == "bf70edd96df3a849"  # of version 0.1: the paper's selection, size estimated, an empty bundle
-    assert PredictOptions(bundle=tmp_path / "nothing", nucleus_px=50.0, min_score=0.5).key == "ae384f616d003e56"
-    predict_pictures(drawn, tmp_path / "out", options)
-    line = json.loads((tmp_path / "out" / "predicted.jsonl").read_text().splitlines()[0])
-    assert list(line) == ["picture", "file", "key", "way", "slide", "cells"]
-    about = drawn[int(line["picture"])].stat()
-    assert line["file"] == [about.st_size, about.st_mtime_ns]
-    assert predict_pictures(drawn, tmp_path / "out", options).skipped == ["0", "1", "2"]
+def test_what_version_0_1_wrote_is_read_and_predicted_again(drawn, tmp_path):
+    out, lines = tmp_path / "out", []
+    predict_pictures(drawn, out)
+    old = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
+    for line in old:  # its lines had no path and no content hash, and its keys no version
+        line["file"] = [1, 1]
+        for name in ("path", "content", "shape"):
+            del line[name]
+        line["key"] = "bf70edd96df3a849"
+    (out / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert sorted(read_journal(out)) == ["0", "1", "2"]
+    assert list(predict_pictures(drawn, out, on_progress=lines.append).cells) == ["0", "1", "2"]
+    assert lines[0].startswith("3 pictures were predicted with other options, networks or version")
