@@ -20,6 +20,7 @@ rows = re.findall(
     r"(?m)^\| `([^`]+)` \| .+ \|$",
     (root / "README.md").read_text(encoding="utf-8").partition("## If something goes wrong")[2],
 )
+EXAMPLES = {name: command.examples for name, command in cli.COMMANDS.items()}
 
 
 def run(*words):
@@ -62,18 +63,18 @@ def help_of(words, capsys, monkeypatch):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["", *cli.EXAMPLES])
+@pytest.mark.parametrize("command", ["", *EXAMPLES])
 def test_help_fits_80_columns_and_ends_with_examples(command, capsys, monkeypatch):
     text = help_of([command] if command else [], capsys, monkeypatch)
     assert max(map(len, text.splitlines())) <= 80
     assert "<class" not in text and "null" not in text
     if command:
-        assert text.rstrip().splitlines()[-1] == f"  {cli.EXAMPLES[command][-1]}" and f"usage: segpc {command} " in text
+        assert text.rstrip().splitlines()[-1] == f"  {EXAMPLES[command][-1]}" and f"usage: segpc {command} " in text
     else:
-        assert all(f"\n    {name} " in text for name in cli.EXAMPLES) and "exit codes: 0" in text
+        assert all(f"\n    {name} " in text for name in EXAMPLES) and "exit codes: 0" in text
 
 
-@pytest.mark.parametrize("example", [line for lines in cli.EXAMPLES.values() for line in lines])
+@pytest.mark.parametrize("example", [line for lines in EXAMPLES.values() for line in lines])
 def test_examples_are_understood(example):
     words = example.partition(" > ")[0].split()
     assert words[0] == "segpc" and cli.make_parser().parse_args(words[1:]).command == words[1]
@@ -91,9 +92,9 @@ def test_version(capsys):
     assert re.fullmatch(r"segpc \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("command", cli.EXAMPLES)
+@pytest.mark.parametrize("command", EXAMPLES)
 def test_a_printed_config_is_read_again(command, tmp_path, capsys):
-    words = cli.EXAMPLES[command][-1].partition(" > ")[0].split()[1:]
+    words = EXAMPLES[command][-1].partition(" > ")[0].split()[1:]
     with pytest.raises(SystemExit):
         run(*words, "--print_config")
     text = capsys.readouterr().out

@@ -316,6 +316,8 @@ def test_numbers_that_are_not_finite(rng):
 
 
 # -- parity with the authors' own networks, see golden/README.md ------------------------------------------------------
+# golden/cyt.npz and golden/unet.npz are from the authors' networks, unmodified, under Keras 2.2.0, TensorFlow 1.13.1:
+# one input per size and every fifth pixel of the output, for weights that golden/keras_file.py draws again from seeds.
 
 
 def convert_reference(net, folder, naming="plain", full=False):

@@ -457,6 +457,7 @@ def test_the_page_fits_laptop_and_phone(page, shoot):
     shoot(page, "viewer")
     page.set_viewport_size({"width": 390, "height": 800})
     page.wait_for_function("document.documentElement.scrollWidth <= 390")
-    widths = page.locator("figure.scale").evaluate_all("nodes => nodes.map(node => node.getBoundingClientRect().right)")
-    assert max(widths) <= 390
+    rights = "[...document.querySelectorAll('figure.scale')].map(node => node.getBoundingClientRect().right)"
+    page.wait_for_function(f"Math.max(...{rights}) <= 390")  # widgets follow the page a moment later
+    assert len(page.evaluate(rights)) == len(SCALES)
     page.set_viewport_size({"width": 1280, "height": 900})
