@@ -22,9 +22,9 @@ class Cell:
 
     id: int  # number within its picture
     bbox: tuple[int, int, int, int]  # top, left, bottom, right; px, half open
-    nucleus: np.ndarray  # (h, w) bool
-    cytoplasm: np.ndarray  # (h, w) bool, disjoint from the nucleus
-    scale: float = 0.0  # crop scale it was found at, 0 for the annotation
+    nucleus: np.ndarray  # (h, w) bool, in the box
+    cytoplasm: np.ndarray  # (h, w) bool, in the box; no pixel of the nucleus
+    scale: float = 0.0  # scale of the crop it was predicted from, 0 for the annotation
     score: float = 1.0  # confidence, 0..1
 
     def __post_init__(self):
@@ -32,13 +32,13 @@ class Cell:
         shape = (bottom - top, right - left)
         if top < 0 or left < 0 or min(shape) < 1:
             raise ValueError(
-                f"cell {self.id}: bbox {self.bbox} is empty or starts outside the picture; `cell_from_parts` cuts cells at the border"
+                f"cell {self.id}: bbox {self.bbox} is empty or starts outside the picture; `cell_from_parts` cuts it"
             )
         for name in ("nucleus", "cytoplasm"):
             mask = getattr(self, name)
             if mask.dtype != bool or mask.shape != shape:
                 raise ValueError(
-                    f"cell {self.id}: {name} is {mask.dtype} {mask.shape}, expected bool {shape} as bbox {self.bbox} says"
+                    f"cell {self.id}: {name} is {mask.dtype} {mask.shape}, expected bool {shape} by bbox {self.bbox}"
                 )
         if (self.nucleus & self.cytoplasm).any():
             raise ValueError(
@@ -57,26 +57,26 @@ class Cell:
 
     @property
     def area(self) -> int:  # px
-        "Size of the whole cell."
+        "Number of pixels of the whole cell."
         return int(np.count_nonzero(self.nucleus) + np.count_nonzero(self.cytoplasm))
 
     @property
-    def ratio(self) -> float:  # inf without a nucleus
-        "Cytoplasm area by nucleus area (paper section 3.3)."
+    def ratio(self) -> float:  # 0 or more; inf without a nucleus
+        "Area of the cytoplasm divided by that of the nucleus (paper section 3.3)."
         nucleus = np.count_nonzero(self.nucleus)
         return float(np.count_nonzero(self.cytoplasm) / nucleus) if nucleus else float("inf")
 
 # %% ../nbs/01_cells.ipynb #83d37f27
 def cell_from_parts(
     id: int,  # number within its picture
-    box: tuple[int, int, int, int],  # top, left, bottom, right of both parts; px, may stick out of the picture
+    box: tuple[int, int, int, int],  # top, left, bottom, right of both parts; px, may extend beyond the picture
     nucleus: np.ndarray,  # (h, w) bool
     cytoplasm: np.ndarray,  # (h, w) bool, may cover the nucleus
-    shape: tuple[int, int] | None = None,  # (H, W) of the picture, to cut at its border
-    scale: float = 0.0,  # crop scale it was found at
+    shape: tuple[int, int] | None = None,  # (H, W) of the picture, px; None does not cut at its border
+    scale: float = 0.0,  # scale of the crop it was predicted from
     score: float = 1.0,  # confidence, 0..1
 ) -> Cell:  # with a tight box
-    "Put two parts in order: nucleus over cytoplasm, cut at the picture's border, tight box."
+    "Make a valid cell of two masks: nucleus over cytoplasm, cut at the picture's border, tight box."
     top, left, bottom, right = box
     if nucleus.shape != (bottom - top, right - left) or cytoplasm.shape != nucleus.shape:
         raise ValueError(
@@ -99,10 +99,11 @@ def cell_from_mask(
     mask: np.ndarray,  # (H, W) uint8, 0 background, 20 cytoplasm, 40 nucleus
     id: int,  # number within its picture
 ) -> Cell:  # with a tight box
-    "Read one official mask."
+    "Make a cell of one official mask."
     if mask.ndim != 2 or mask.dtype != np.uint8:
         raise ValueError(
-            f"mask {id} is {mask.dtype} {mask.shape}, expected one channel of uint8; `read_mask` reads files with three channels"
+            f"mask {id} is {mask.dtype} {mask.shape}, expected one channel of uint8; "
+            "`read_mask` reads files with three channels"
         )
     box = cv2.boundingRect(mask)  # left, top, width, height of the pixels above 0
     left, top, width, height = box
@@ -113,7 +114,8 @@ def cell_from_mask(
     if not (nucleus | cytoplasm | (part == BACKGROUND)).all():
         found = sorted(set(np.unique(part).tolist()) - {BACKGROUND, CYTOPLASM, NUCLEUS})
         raise ValueError(
-            f"mask {id} holds {found}, allowed are {BACKGROUND}, {CYTOPLASM}, {NUCLEUS}; 60 means that two masks were joined"
+            f"mask {id} holds {found}, allowed are {BACKGROUND}, {CYTOPLASM}, {NUCLEUS}; "
+            "60 means that two masks were joined"
         )
     return Cell(id, (top, left, top + height, left + width), nucleus, cytoplasm)
 
@@ -127,17 +129,18 @@ def mask_from_cell(
     top, left, bottom, right = cell.bbox
     if bottom > shape[0] or right > shape[1]:
         raise ValueError(
-            f"cell {cell.id}: bbox {cell.bbox} does not fit into a picture of {tuple(shape)}; `resize_cell` brings it to another size"
+            f"cell {cell.id}: bbox {cell.bbox} does not fit into a picture of {tuple(shape)}; "
+            "`resize_cell` brings it to another size"
         )
     mask[top:bottom, left:right] = cell.nucleus * np.uint8(NUCLEUS) + cell.cytoplasm * np.uint8(CYTOPLASM)
     return mask
 
 # %% ../nbs/01_cells.ipynb #bd7b3a05
 def window(
-    cell: Cell,  # anywhere
-    box: tuple[int, int, int, int],  # top, left, bottom, right; px, may stick out anywhere
+    cell: Cell,  # in the picture
+    box: tuple[int, int, int, int],  # top, left, bottom, right; px, may extend beyond the picture
 ) -> tuple[np.ndarray, np.ndarray]:  # nucleus and cytoplasm, (h, w) bool of the box
-    "What a box sees of a cell; nothing outside the cell's own box."
+    "The part of a cell that lies inside a box."
     top, left = max(box[0], cell.bbox[0]), max(box[1], cell.bbox[1])
     bottom, right = min(box[2], cell.bbox[2]), min(box[3], cell.bbox[3])
     parts = np.zeros((2, box[2] - box[0], box[3] - box[1]), bool)
@@ -152,18 +155,18 @@ def same_cell(
     a: Cell,  # of one picture
     b: Cell,  # of the same picture
 ) -> bool:  # ids, scales and scores may differ
-    "Do two cells cover the same pixels with the same parts? Slack of their boxes does not matter."
+    "Whether two cells have the same nucleus and cytoplasm; empty margins of their boxes do not matter."
     return a.area == b.area and all(
         np.array_equal(mine, theirs) for mine, theirs in zip((a.nucleus, a.cytoplasm), window(b, a.bbox))
     )
 
 # %% ../nbs/01_cells.ipynb #d6597db3
 def resize_cell(
-    cell: Cell,  # as stored
-    shape: tuple[int, int],  # (H, W) of the picture
-    new_shape: tuple[int, int],  # (H, W) of the new grid
-) -> Cell | None:  # None when nothing of it is left
-    "Reduce or enlarge a cell as cv2.resize(INTER_NEAREST) of the full mask would."
+    cell: Cell,  # in the picture
+    shape: tuple[int, int],  # (H, W) of the picture, px
+    new_shape: tuple[int, int],  # (H, W) of the new grid, px
+) -> Cell | None:  # None when no pixel of it is left
+    "Resize a cell exactly as cv2.resize(INTER_NEAREST) would resize its full mask."
     if tuple(shape) == tuple(new_shape):
         return cell
     lines, firsts = [], []
@@ -196,7 +199,7 @@ def intersections(
     b: list[Cell],  # of the same picture
     part: str = "mask",  # "mask" (whole cell), "nucleus" or "cytoplasm"
 ) -> np.ndarray:  # (len(a), len(b)) int64 px
-    "Common area of every two cells, computed where their boxes meet."
+    "Common area of every pair of cells."
     table = np.zeros((len(a), len(b)), np.int64)
     if not (a and b):
         return table
@@ -221,7 +224,7 @@ def iou_table(
     b: list[Cell],  # of the same picture
     part: str = "mask",  # "mask" (whole cell), "nucleus" or "cytoplasm"
 ) -> np.ndarray:  # (len(a), len(b)) float64, 0..1
-    "Intersection over union of every two cells; 0 where both parts are empty."
+    "Intersection over union of every pair of cells; 0 where both parts are empty."
     shared = intersections(a, b, part)
     areas_a, areas_b = (np.array([np.count_nonzero(_part(cell, part)) for cell in cells], np.int64) for cells in (a, b))
     joint = areas_a[:, None] + areas_b[None] - shared
@@ -231,7 +234,7 @@ def iou_table(
 def encode_rle(
     mask: np.ndarray,  # (h, w) bool
 ) -> list[int]:  # run lengths, background first, column by column (COCO's uncompressed form)
-    "Write a mask as run lengths."
+    "Encode a mask as run lengths."
     flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
     edges = np.flatnonzero(flat[1:] != flat[:-1])
     return (
@@ -245,7 +248,7 @@ def decode_rle(
     counts: list[int],  # from `encode_rle` or a COCO file
     shape: tuple[int, int],  # (h, w)
 ) -> np.ndarray:  # (h, w) bool
-    "Read run lengths back into a mask."
+    "Decode run lengths into a mask."
     if sum(counts) != shape[0] * shape[1]:
         raise ValueError(f"run lengths sum up to {sum(counts)} px, shape {tuple(shape)} has {shape[0] * shape[1]}")
     values = np.arange(len(counts)) % 2 == 1
