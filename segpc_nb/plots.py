@@ -29,12 +29,13 @@ def _axes(ax: Axes | None, shape: tuple[int, int], width: float = 4.0) -> Axes:
 def show_picture(
     image: np.ndarray,  # (H, W, 3) uint8 RGB
     ax: Axes | None = None,  # where to draw; None makes a figure
-    title: str | None = None,  # stands above the picture
+    title: str | None = None,  # above the picture
 ) -> Axes:  # with the picture's pixels as coordinates
-    "Draw a picture without axes."
+    "Draw a picture without ticks and frame."
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(
-            f"image is {image.dtype} {image.shape}, expected uint8 (H, W, 3) RGB; move the channels last and scale to 0..255"
+            f"image is {image.dtype} {image.shape}, expected uint8 (H, W, 3) RGB; "
+            "move the channels last and scale to 0..255"
         )
     ax = _axes(ax, image.shape[:2])
     ax.imshow(image)
@@ -49,11 +50,11 @@ OUTLINE_COLORS = {"mask": "black", "nucleus": "#F0E442"}  # yellow of Okabe and 
 def outlines(
     mask: np.ndarray,  # (h, w) bool
     corner: tuple[int, int] = (0, 0),  # top, left of the mask in the picture, px
-) -> list[np.ndarray]:  # one (n, 2) float array of x, y per closed line; holes have their own
-    "The borders of a mask, to be drawn on the picture."
+) -> list[np.ndarray]:  # one (n, 2) float array of x, y in px per closed line; holes have their own
+    "The borders of a mask, in the coordinates of the picture."
     return [(line + np.subtract(corner, 1))[:, ::-1] for line in find_contours(np.pad(mask, 1).astype(float), 0.5)]
 
-
+# %% ../nbs/05_plots.ipynb #6fc2a1aa
 def _draw(ax: Axes, lines: list[np.ndarray], color: str) -> None:
     seam = "white" if sum(to_rgb(color)) < 1.5 else "black"
     ax.add_collection(
@@ -71,8 +72,8 @@ def show_cells(
     image: np.ndarray,  # (H, W, 3) uint8 RGB
     cells: list[Cell],  # of this picture
     ax: Axes | None = None,  # where to draw; None makes a figure
-    title: str | None = None,  # stands above the picture
-    numbers: bool = False,  # write each cell's id on it
+    title: str | None = None,  # above the picture
+    numbers: bool = False,  # write the id of each cell in its middle
 ) -> Axes:  # with the picture's pixels as coordinates
     "Draw a picture and the outlines of its cells (black) and nuclei (yellow)."
     ax = show_picture(image, ax, title)
@@ -102,9 +103,9 @@ def show_masks(
     cells: list[Cell],  # of one picture
     shape: tuple[int, int],  # (H, W) of the picture
     ax: Axes | None = None,  # where to draw; None makes a figure
-    title: str | None = None,  # stands above the picture
+    title: str | None = None,  # above the picture
 ) -> Axes:  # with the picture's pixels as coordinates
-    "Draw cells as coloured areas on white: cytoplasm pale, nucleus full."
+    "Draw cells as coloured areas on white; nuclei darker than cytoplasm."
     canvas = np.ones((*shape, 3))
     for cell in cells:
         top, left, bottom, right = cell.bbox
@@ -119,7 +120,7 @@ def show_panel(
     pred: list[Cell],  # predicted cells
     axes: np.ndarray | None = None,  # three axes; None makes a figure
 ) -> np.ndarray:  # (3,) axes
-    "Picture | annotation | prediction."
+    "Draw the picture, the annotation and the prediction side by side."
     if axes is None:
         height = 3 * image.shape[0] / image.shape[1]
         axes = plt.subplots(1, 3, figsize=(9, height + 0.3), dpi=70, layout="constrained")[1]
@@ -131,11 +132,10 @@ def show_panel(
 # %% ../nbs/05_plots.ipynb #b2db19c8
 def show_regions(
     regions: np.ndarray,  # (n, 4, h, w) RGB and nucleus mask; uint8 0..255 and 0/1, or float 0..1; tensors too
-    targets: np.ndarray | None = None,  # (n, 1, h, w) whole cell, 0..1
-    found: np.ndarray
-    | None = None,  # (n, 1, h, w) probability of the whole cell, 0..1; drawn where it is above one half
+    targets: np.ndarray | None = None,  # (n, 1, h, w) annotated whole cell, 0..1
+    found: np.ndarray | None = None,  # (n, 1, h, w) predicted probability of the whole cell, 0..1; outlined at 1/2
 ) -> np.ndarray:  # (rows, n) axes
-    "A row of crops with the nucleus (yellow), then rows with the annotated and the found cell (black)."
+    "Draw crops with the nucleus (yellow), and below them the annotated and the predicted cells (black)."
     regions = np.asarray(regions)
     if regions.ndim != 4 or regions.shape[1] != 4 or not len(regions):
         raise ValueError(
@@ -161,11 +161,11 @@ def show_regions(
 # %% ../nbs/05_plots.ipynb #91c5f1fc
 def sample_strip(
     pictures: np.ndarray,  # (n, 3, h, w) float RGB, 0..1
-    targets: np.ndarray,  # (n, h, w) bool, what is annotated
-    found: np.ndarray,  # (n, h, w) bool, what was found
+    targets: np.ndarray,  # (n, h, w) bool, annotated
+    found: np.ndarray,  # (n, h, w) bool, predicted
     height: int = 128,  # of the strip, px
 ) -> np.ndarray:  # (height, width, 3) uint8 RGB
-    "Samples side by side, the annotated outline in white, the found one in black."
+    "Paint samples side by side, the annotated outline in white, the predicted one in black."
     tiles = []
     for picture, *masks in zip(pictures, targets, found):
         size = round(picture.shape[2] * height / picture.shape[1]), height
@@ -180,10 +180,10 @@ def sample_strip(
 
 # %% ../nbs/05_plots.ipynb #0b3b76ff
 def show_history(
-    history: pd.DataFrame,  # one row per epoch; columns epoch, *_loss, and scores valid_* in 0..1
+    history: pd.DataFrame,  # one row per epoch; columns epoch, losses *_loss, scores valid_* in 0..1
     ax: Axes | None = None,  # where to draw; None makes a figure
 ) -> Axes:  # of the losses
-    "Draw the course of a training."
+    "Draw the losses and scores of a training."
     losses = [name for name in history.columns if name.endswith("_loss")]
     scores = [name for name in history.columns if name.startswith("valid_") and name not in losses]
     if not len(history) or not losses:
