@@ -71,7 +71,7 @@ class NucleusPictures(Dataset):
 
     def __init__(
         self,
-        samples: list[Sample],  # read now
+        samples: list[Sample],  # read when the data set is made
         size: tuple[int, int],  # (h, w) of the network's input, px
         transform: Callable | None = None,  # of (tv_tensors.Image (3, h, w), tv_tensors.Mask (1, h, w)) together
         equalize: bool = False,  # equalise the histogram of each channel
@@ -189,7 +189,7 @@ class CellRegions(Dataset):
 
     def __init__(
         self,
-        samples: list[Sample],  # read now, unless the cache has their crops
+        samples: list[Sample],  # read when the data set is made; their pictures only if the cache lacks the crops
         nuclei: dict[str, list[Cell]] | None,  # predicted nuclei of each picture; None takes the annotated ones
         options: RegionOptions,  # scale, size and kind of the crops
         transform: Callable | None = None,  # of (tv_tensors.Image (3, s, s), tv_tensors.Mask (2, s, s)) together
