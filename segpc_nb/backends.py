@@ -66,7 +66,8 @@ def write_cached(
         except OSError:  # the next may do
             continue
     warnings.warn(
-        f"neither {' nor '.join(map(str, folders))} can be written to, so {name} is made again the next time; give another cache",
+        f"neither {' nor '.join(map(str, folders))} can be written to, so {name} is made again the next time; "
+        "give another cache",
         stacklevel=2,
     )
 
@@ -193,7 +194,8 @@ def with_backend(
         nucleus, *cells = map(Bfloat16Network, networks)
     elif device.type != "cpu":
         raise ValueError(
-            f"backend = {backend!r} computes on the CPU, the networks are on {device}; use the backend 'torch' or the device 'cpu'"
+            f"backend = {backend!r} computes on the CPU, the networks are on {device}; use the backend 'torch' or "
+            "the device 'cpu'"
         )
     else:
         nucleus, *cells = [convert_network(part, backend, cache_folders(cache)) for part in parts]

@@ -5,18 +5,16 @@
 # %% auto #0
 __all__ = ['AHEAD', 'EXPECTED', 'failure_text', 'overlap_io', 'PredictOptions', 'load_segmenter', 'Picture', 'read_numbered',
            'predict_cells', 'write_prediction', 'Finished', 'predict_here', 'predict_picture', 'predict_on_cluster',
-           'PredictResult', 'one_writer', 'orderly_end', 'pictures_to_do', 'predict_pictures']
+           'PredictResult', 'pictures_to_do', 'predict_pictures']
 
 # %% ../nbs/52_batch.ipynb #a592217d
 import json
 import os
-import signal
-import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import islice
@@ -24,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 import segpc_nb
@@ -40,6 +37,8 @@ from segpc_nb.journal import (
     check_owner,
     content_hash,
     is_done,
+    one_writer,
+    orderly_end,
     read_earlier_table,
     read_journal,
     write_results_table,
@@ -276,40 +275,6 @@ class PredictResult:
     failed: dict[Path, str]  # pictures that failed, and why
 
 # %% ../nbs/52_batch.ipynb #52571b08
-@contextmanager
-def one_writer(
-    out: Path,  # folder of predictions
-):
-    "Keep a second run out of the folder while this one writes; a run that died leaves it free."
-    Path(out).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(out) / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another run writes into {out}; wait for its end, or use another --out") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def orderly_end():
-    "Let SIGTERM and SIGHUP end the block in order, with exit code 128 + their number."
-
-    def end(number, frame):
-        raise SystemExit(128 + number)
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    main = threading.current_thread() is threading.main_thread()  # nothing else may set them
-    before = {number: signal.signal(number, end) for number in numbers if main}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def pictures_to_do(
     pictures: list[Path],
     out: Path,

@@ -61,8 +61,7 @@ COMMANDS = {
         train,
         (
             "segpc train nucleus --data data/segpc --out runs/mine",
-            "segpc train cytoplasm --data data/segpc --out runs/mine --train.lr 3e-4 "
-            "--train.network.decoder_channels 64",
+            "segpc train cytoplasm --data data/segpc --out runs/mine --train.lr 3e-4",
             "segpc train cytoplasm --preset light --print_config > mine.yaml",
         ),
         ("stage",),
@@ -112,7 +111,10 @@ def add_parameter(
     if get_origin(kinds[0]) is list:
         words |= {"type": get_args(kinds[0])[0], "nargs": "+", "metavar": "PICTURE_OR_FOLDER"}
     elif get_origin(kinds[0]) is Literal:
-        words |= {"choices": get_args(kinds[0])}
+        choices = get_args(kinds[0])
+        words |= {"choices": choices}
+        if sum(map(len, choices)) > 40:  # too wide for a line of usage
+            words |= {"metavar": parameter.name.upper(), "help": f"{words['help']}; one of {', '.join(choices)}"}
     elif kinds[0] is bool:
         words |= {"action": "store_true"}
     else:

@@ -36,7 +36,7 @@ class TrainConfig:
     patience: int = 0  # epochs without a better validation score before stopping; 0 never stops early
     ema_decay: float = 0.0  # weight of the past in the moving average of the weights; 0 switches it off
     clip_norm: float = 0.0  # largest norm of the gradient; 0 does not clip
-    crop: tuple[int, int] | None = None  # random crop (height, width) during training, px; null takes the whole input
+    crop: tuple[int, int] | None = None  # random crop (height, width) during training, px; the whole input without it
     augment: bool = True  # flips, turns, zoom and stain changes
     elastic: float = 0.0  # fraction of the training samples that are bent elastically, 0..1
     unlabeled: float = 0.0  # stage one: target of dark places that nobody annotated, 0..1

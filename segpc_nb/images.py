@@ -8,8 +8,8 @@ __all__ = ['PICTURE_SUFFIXES', 'MAX_PIXELS', 'WRITABLE', 'EMPTY_ROWS', 'MICROSCO
            'find_pictures', 'equalize_histogram', 'Slide', 'open_slide', 'read_any']
 
 # %% ../nbs/04_images.ipynb #4477c354
-import os
 import io
+import os
 import re
 import struct
 import warnings
@@ -210,7 +210,8 @@ def read_mask(
     allowed[[BACKGROUND, CYTOPLASM, NUCLEUS]] = True
     if mask.dtype != np.uint8 or not allowed[mask].all():
         found = f"{mask.dtype} with values {' '.join(map(str, np.unique(mask)[:8]))}"
-        fix = f"allowed are uint8 {BACKGROUND} (background), {CYTOPLASM} (cytoplasm), {NUCLEUS} (nucleus), one cell per file; 60 means joined masks; JPEG spoils masks"
+        values = f"{BACKGROUND} (background), {CYTOPLASM} (cytoplasm), {NUCLEUS} (nucleus)"
+        fix = f"allowed are uint8 {values}, one cell per file; 60 means joined masks; JPEG spoils masks"
         raise PictureError(path, found, fix)
     return np.ascontiguousarray(mask)
 
@@ -273,7 +274,8 @@ class Slide:
         lengths = dict(zip(axes, blocks.shape))
         if blocks.dtype != np.uint8 or lengths.get("c") != 3 or not {"y", "x"} <= lengths.keys():
             raise ValueError(
-                f"a slide of {blocks.dtype} with axes {lengths}; needed are 8-bit values, y, x and three colours c; export it as 8-bit RGB"
+                f"a slide of {blocks.dtype} with axes {lengths}; needed are 8-bit values, y, x and three colours "
+                "c; export it as 8-bit RGB"
             )
         self.shape = lengths["y"], lengths["x"], 3
 
@@ -296,7 +298,8 @@ def open_slide(
         import zarr
     except ImportError as error:
         raise ValueError(
-            f"{path} is larger than {MAX_PIXELS:,} px and is read in windows, which needs the extra: pip install 'segpc_nb[slides]'"
+            f"{path} is larger than {MAX_PIXELS:,} px and is read in windows, which needs the extra: pip install "
+            "'segpc_nb[slides]'"
         ) from error
     if path.suffix.lower() == ".zarr":
         try:
@@ -314,7 +317,8 @@ def open_slide(
         series = file.series[0]
         if not series.pages[0].is_tiled:
             raise ValueError(
-                f"{path} is a TIFF of {series.shape} px that is not tiled, so no window can be read of it; write it again as a tiled TIFF"
+                f"{path} is a TIFF of {series.shape} px that is not tiled, so no window can be read of it; write "
+                "it again as a tiled TIFF"
             )
         axes = series.axes.lower().replace("s", "c")
     return Slide(zarr.open(tifffile.imread(path, aszarr=True, level=0), mode="r"), axes)

@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['JOURNAL', 'WHOLE', 'PIECES', 'content_hash', 'is_entry', 'read_journal', 'append_entry', 'is_done', 'check_owner',
-           'read_earlier_table', 'write_results_table']
+           'one_writer', 'orderly_end', 'read_earlier_table', 'write_results_table']
 
 # %% ../nbs/50_journal.ipynb #9a86a911
 import hashlib
 import json
 import math
 import os
+import signal
 import stat
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from .files import write_bytes
 from .images import PictureError, natural_key
@@ -127,6 +131,40 @@ def check_owner(
             f"{out} holds the cells of {known}; {path} is another picture of the same name. "
             "Use another --out for it, or rename one of the two"
         )
+
+# %% ../nbs/50_journal.ipynb #00e881f2
+@contextmanager
+def one_writer(
+    out: Path,  # folder of predictions
+):
+    "Keep a second run out of the folder while this one writes; a run that died leaves it free."
+    Path(out).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(out) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another run writes into {out}; wait for its end, or use another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def orderly_end():
+    "Let SIGTERM and SIGHUP end the block in order, with exit code 128 + their number."
+
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    main = threading.current_thread() is threading.main_thread()  # nothing else may set them
+    before = {number: signal.signal(number, end) for number in numbers if main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 # %% ../nbs/50_journal.ipynb #eb4064a4
 def read_earlier_table(

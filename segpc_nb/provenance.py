@@ -91,20 +91,27 @@ def write_manifest(
 # %% ../nbs/37_provenance.ipynb #55efa02f
 CARD = """# Networks of segpc_nb, preset `{preset}`
 
-A U-Net for nuclei and one Attention DeepLabv3+ for cells per scale ({scales}), for `segpc predict --bundle FOLDER` and `Segmenter.from_bundle`. Weights in 16 bits.
+A U-Net for nuclei and one Attention DeepLabv3+ for cells per scale ({scales}), for `segpc predict --bundle FOLDER`
+and `Segmenter.from_bundle`. Weights in 16 bits.
 
-- **Trained on** {data}: {train} pictures, {valid} for choices, {holdout} held out (`dataset.split_samples`). SHA-256 of the training files `{sha}`.
-- **Trained by** `make reproduce PRESET={preset} DATA=...`, commit `{commit}`, seed {seed}, {minutes:.0f} minutes on {machine}; torch {torch}.
-- **Licence of the weights**: that of the data they were trained on. For SegPC-2021 this is CC BY-NC-SA 4.0: not for commercial use.
+- **Trained on** {data}: {train} pictures, {valid} for choices, {holdout} held out (`dataset.split_samples`).
+  SHA-256 of the training files `{sha}`.
+- **Trained by** `make reproduce PRESET={preset} DATA=...`, commit `{commit}`, seed {seed}, {minutes:.0f} minutes on
+  {machine}; torch {torch}.
+- **Licence of the weights**: that of the data they were trained on. For SegPC-2021 this is CC BY-NC-SA 4.0: not for
+  commercial use.
 
 Scores of the stored weights on the held-out pictures, with 95% bootstrap intervals over pictures:
 
 {table}
 
-`paper` keeps one cell per nucleus, `keep-all` the cells of all scales, which the official score rewards and the others punish.
+`paper` keeps one cell per nucleus, `keep-all` the cells of all scales, which the official score rewards and the
+others punish.
 
-**Limits.** Not a medical device. The networks know whole fields of stained bone marrow from two cameras; nuclei of another size are brought to the size they know, but other
-stains, other tissues and other cell types are outside of what was tested. Nuclei of cells that nobody annotated are the main source of false alarms.
+**Limits.** Not a medical device. The networks know whole fields of stained bone marrow from two cameras; nuclei of
+another size are brought to the size they know, but other
+stains, other tissues and other cell types are outside of what was tested. Nuclei of cells that nobody annotated are
+the main source of false alarms.
 """
 CARD_SCORES = {
     "official": "official score",

@@ -88,7 +88,8 @@ def released_equalization(
         return equalize_histogram(image)
     if not 0 <= index < 3:
         raise ValueError(
-            f"index = {index}, allowed: 0 to 2; the released code stops at the fourth picture of a run, equalize='fixed' does not"
+            f"index = {index}, allowed: 0 to 2; the released code stops at the fourth picture of a run, "
+            "equalize='fixed' does not"
         )
     image = image.copy()
     for channel in range(3):

@@ -154,7 +154,8 @@ def read_cells_csv(
     missing = [name for name in ("picture", "id", "score") if name not in table]
     if missing:
         raise ValueError(
-            f"{path}: column {', '.join(missing)} is missing, found {', '.join(table.columns)}; write it again with `segpc predict`"
+            f"{path}: column {', '.join(missing)} is missing, found {', '.join(table.columns)}; write it again "
+            "with `segpc predict`"
         )
     for name in ("id", "score"):
         if len(table) and (not pd.api.types.is_numeric_dtype(table[name]) or table[name].isna().any()):
@@ -169,7 +170,8 @@ def read_cells_csv(
 def read_results(
     folder: Path,  # holds y with the masks, and cells.csv if scores are known
 ) -> tuple[dict[str, list[Cell]], dict[str, tuple[int, int]]]:  # cells and (H, W) of every picture that has a mask
-    "Read predicted or annotated cells; score, scale and the nucleus' number come from cells.csv where it stands beside y."
+    "Read predicted or annotated cells; score, scale and the nucleus' number come from cells.csv where it stands"
+    "beside y."
     folder = Path(folder)
     if not (folder / "y").is_dir():
         raise FileNotFoundError(
@@ -189,7 +191,8 @@ def read_results(
         for n, cell in enumerate(members):
             if (id, cell.id) not in known:
                 raise ValueError(
-                    f"{folder / 'cells.csv'} has no row for mask {id}_{cell.id}; predict again, or remove cells.csv to do without scores"
+                    f"{folder / 'cells.csv'} has no row for mask {id}_{cell.id}; predict again, or remove "
+                    "cells.csv to do without scores"
                 )
             members[n] = replace(cell, **known[id, cell.id])
     return cells, shapes

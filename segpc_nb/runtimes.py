@@ -52,7 +52,8 @@ def import_runtime(
     package = backend.removesuffix("-bf16")
     if missing := missing_packages(backend):
         raise ImportError(
-            f"backend = {backend!r} needs {', '.join(missing)}; pip install 'segpc_nb[{EXTRAS[package]}]', or take 'torch'"
+            f"backend = {backend!r} needs {', '.join(missing)}; pip install 'segpc_nb[{EXTRAS[package]}]', or "
+            "take 'torch'"
         )
     sys.modules.setdefault("openvino_telemetry", None)  # taken for not installed
     return importlib.import_module(package)
@@ -215,7 +216,8 @@ def check_parity(
     difference = max_difference(part.network, other, [(count, part.in_channels, *size) for count, size in sizes])
     if not difference <= tolerance:
         raise ValueError(
-            f"{what}: probabilities differ from PyTorch's by {difference:.2g}, allowed: {tolerance:g}; use the backend 'torch'"
+            f"{what}: probabilities differ from PyTorch's by {difference:.2g}, allowed: {tolerance:g}; use the "
+            "backend 'torch'"
         )
 
 # %% ../nbs/44_runtimes.ipynb #a60010e6

@@ -173,7 +173,8 @@ def check_finite(
     if not all(map(math.isfinite, totals)):
         epoch = len(run.progress.history)
         raise ValueError(
-            f"{run.folder}: the loss of epoch {epoch} is {sum(totals)}; the checkpoint before it is kept, take a smaller lr or a clip_norm"
+            f"{run.folder}: the loss of epoch {epoch} is {sum(totals)}; the checkpoint before it is kept, take a "
+            "smaller lr or a clip_norm"
         )
 
 # %% ../nbs/38_training.ipynb #ef138f59
@@ -258,7 +259,8 @@ def loaders(
     before = len(run.progress.totals), run.progress.samples
     if run.progress.step and before != (processes, len(train_set)):
         raise ValueError(
-            f"{run.folder} was stopped within an epoch of {before[1]} samples on {before[0]} processes; go on with as many, not {len(train_set)} on {processes}"
+            f"{run.folder} was stopped within an epoch of {before[1]} samples on {before[0]} processes; go on "
+            f"with as many, not {len(train_set)} on {processes}"
         )
     batches = ResumableBatches(len(train_set), batch_size, run.config.seed, processes, rank)
     common = {

@@ -92,7 +92,7 @@ def test_version(capsys):
     assert re.fullmatch(r"segpc \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("command", EXAMPLES)
+@pytest.mark.parametrize("command", [name for name in EXAMPLES if name != "train"])  # prints a preset, see test_cli
 def test_a_printed_config_is_read_again(command, tmp_path, capsys):
     words = EXAMPLES[command][-1].partition(" > ")[0].split()[1:]
     with pytest.raises(SystemExit):

@@ -125,6 +125,11 @@ def test_modules_stay_small():
     assert max(lengths.values()) <= 430, lengths
 
 
+@pytest.mark.parametrize("path", chapters + runs, ids=lambda path: path.stem)
+def test_no_state_of_widgets_is_kept(path):
+    assert "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"]
+
+
 def test_notebooks_stay_small():
     assert sum(path.stat().st_size for path in chapters + runs) < 6_000_000
 
