@@ -42,7 +42,7 @@ from segpc_nb.runtimes import (
     open_network,
 )
 
-# %% ../nbs/46_backends.ipynb #0888fa3f
+# %% ../nbs/46_backends.ipynb #58bc2ddf
 def cache_folders(
     cache: Path | None,  # None for the user's cache folder
 ) -> list[Path]:  # where to look, and to write to the first that takes it
@@ -71,7 +71,7 @@ def write_cached(
         stacklevel=2,
     )
 
-
+# %% ../nbs/46_backends.ipynb #0888fa3f
 def convert_network(
     part: NetworkPart,
     backend: str,  # one of BACKENDS but PyTorch's

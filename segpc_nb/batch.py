@@ -29,7 +29,7 @@ from .backends import with_backend
 from .cells import Cell
 from .files import content_key, write_bytes
 from .hardware import keep_memory
-from .images import Slide, natural_key, pixel_size, read_any
+from .images import natural_key
 from .interchange import qupath_features
 from segpc_nb.journal import (
     JOURNAL,
@@ -46,6 +46,7 @@ from segpc_nb.journal import (
 from .pipeline import SHIPPED, PictureSegmenter, load_bundle
 from .released import load_released
 from .results import cells_table, write_masks
+from .slides import Slide, pixel_size, read_any
 
 # %% ../nbs/52_batch.ipynb #a764e30d
 AHEAD = 2  # pictures that are read before, or written after, the one that is predicted
@@ -205,7 +206,7 @@ def predict_here(
     for item, error in overlap_io(items, read_numbered, work, write):
         yield Finished(item[1], error=failure_text(error)) if error else Finished(item[1], entries.pop(item))
 
-# %% ../nbs/52_batch.ipynb #7f4a3fbe
+# %% ../nbs/52_batch.ipynb #ba700d0b
 @lru_cache(1)
 def _worker_segmenter(options: PredictOptions, threads: int | None):
     "The networks of a worker, loaded once."
@@ -229,7 +230,7 @@ def predict_picture(
     except Exception as error:  # noqa: BLE001 - one picture never ends the others
         return Finished(path, error=failure_text(error))
 
-
+# %% ../nbs/52_batch.ipynb #7f4a3fbe
 def predict_on_cluster(
     items: list[tuple[int, Path]],  # number and path of each picture
     options: PredictOptions,
@@ -274,7 +275,7 @@ class PredictResult:
     skipped: list[str]  # pictures that had been done before
     failed: dict[Path, str]  # pictures that failed, and why
 
-# %% ../nbs/52_batch.ipynb #52571b08
+# %% ../nbs/52_batch.ipynb #9d62c8db
 def pictures_to_do(
     pictures: list[Path],
     out: Path,
@@ -291,7 +292,7 @@ def pictures_to_do(
         on_progress(f"{changed} pictures were predicted with other options, networks or version: predicted again")
     return todo
 
-
+# %% ../nbs/52_batch.ipynb #52571b08
 def predict_pictures(
     pictures: list[Path],  # no two of the same name
     out: Path,  # gets y/ID_K.png, cells.csv and the journal
@@ -312,6 +313,7 @@ def predict_pictures(
         predict = partial(predict_on_cluster, address=cluster)
     else:
         predict = partial(predict_here, segmenter=load_segmenter(options))  # before anything is written
+    read_earlier_table(out)  # refuses an annotation before anything is written
     with one_writer(out), orderly_end():
         earlier, journal, counts, failed = read_earlier_table(out), read_journal(out), {}, {}
         left = pictures_to_do(pictures, out, journal, options.key, say)

@@ -254,7 +254,7 @@ def run_command(
         print(*(made if isinstance(made, list) else [made]), sep="\n")
     return 0
 
-# %% ../nbs/65_cli.ipynb #e1f5dbda
+# %% ../nbs/65_cli.ipynb #293340d8
 KINDS = {
     "tuple": "two numbers, such as [384, 512]",
     "int": "a whole number",
@@ -302,7 +302,7 @@ def preset_of_config(
                 words[place] = "--preset"
     return words
 
-
+# %% ../nbs/65_cli.ipynb #e1f5dbda
 def main(
     words: list[str] | None = None,  # None takes those of the shell
 ) -> int:  # exit code

@@ -41,7 +41,7 @@ Cite: Gupta et al., SegPC-2021, IEEE DataPort, 2021, doi 10.21227/7np1-2q42.
 KAGGLE = "sbilab/segpc2021dataset"
 PAGES = {"kaggle": f"https://www.kaggle.com/datasets/{KAGGLE}", "ieee": "https://doi.org/10.21227/7np1-2q42"}
 
-# %% ../nbs/61_cli_data.ipynb #12af69d1
+# %% ../nbs/61_cli_data.ipynb #5ba7bfe2
 def kaggle_zip(
     folder: Path,  # gets the zip
     by_hand: str,  # the way without the client
@@ -61,7 +61,7 @@ def kaggle_zip(
         )
     return path
 
-
+# %% ../nbs/61_cli_data.ipynb #12af69d1
 def download(
     out: Path,  # new folder that gets the data set
     source: Literal["kaggle", "ieee"] = "kaggle",  # where from; kaggle needs its client and an account
@@ -93,7 +93,7 @@ def download(
         shutil.rmtree(part)
     return {split: len(list_samples(out, split)) for split in SPLITS if find_split(out, split)}
 
-# %% ../nbs/61_cli_data.ipynb #231e4dc2
+# %% ../nbs/61_cli_data.ipynb #31aeb2b0
 def mask_gaps(
     numbers: list[int],  # of a picture's masks
 ) -> list[int]:  # ascending
@@ -130,7 +130,7 @@ def check_split(
         {"split": split, **problem} for problem in problems
     ]
 
-
+# %% ../nbs/61_cli_data.ipynb #231e4dc2
 def check_pictures(
     folder: Path,  # of pictures, not searched deeper
 ) -> list[dict]:  # file, level and problem of each
@@ -233,7 +233,7 @@ def draw_scales(
     figure.savefig(content, format=path.suffix[1:].lower(), dpi=120)
     write_bytes(path, content.getvalue())
 
-# %% ../nbs/61_cli_data.ipynb #79756068
+# %% ../nbs/61_cli_data.ipynb #e0de021d
 def scales(
     folder: Path,  # a data set
     split: Literal["train", "validation"] = "train",  # part of the data set
@@ -273,7 +273,7 @@ def scales(
     )
     return {"cells": len(ratios), "ratios": quantiles, "scales": table}
 
-
+# %% ../nbs/61_cli_data.ipynb #79756068
 def scale_lines(
     result: dict,  # from `scales`
 ) -> str:

@@ -26,7 +26,7 @@ from .files import atomic_path, write_bytes
 from .plots import outlines
 from .results import cells_table
 
-# %% ../nbs/51_interchange.ipynb #0fc792eb
+# %% ../nbs/51_interchange.ipynb #29476496
 CATEGORIES = (
     {"id": 1, "name": "cell", "supercategory": "plasma cell"},
     {"id": 2, "name": "nucleus", "supercategory": "plasma cell"},
@@ -49,7 +49,7 @@ def _annotation(mask: np.ndarray, cell: Cell, shape: tuple[int, int]) -> dict:
         "segmentation": {"size": list(shape), "counts": counts.tolist()},
     }
 
-
+# %% ../nbs/51_interchange.ipynb #0fc792eb
 def coco_dataset(
     cells: dict[str, list[Cell]],  # of every picture
     shapes: dict[str, tuple[int, int]],  # (H, W) of every picture
@@ -171,7 +171,7 @@ def write_label_tiff(
     with atomic_path(path) as part:
         tifffile.imwrite(part, label_pictures(cells, shape), metadata={"axes": "CYX"}, **settings)
 
-# %% ../nbs/51_interchange.ipynb #6af93bb3
+# %% ../nbs/51_interchange.ipynb #fd8e2156
 def _shape_measures(name: str, mask: np.ndarray) -> dict:
     "Shape of one mask."
     empty = {"eccentricity": np.nan, "solidity": np.nan, "perimeter": np.nan}
@@ -211,7 +211,7 @@ def detailed_table(
     table = cells_table(cells, shapes)
     return pd.concat([table, pd.DataFrame(rows, index=table.index)], axis=1).rename(columns={"mask_um2": "cell_um2"})
 
-
+# %% ../nbs/51_interchange.ipynb #6af93bb3
 def export_table(
     path: Path,  # .csv or .parquet
     table: pd.DataFrame,

@@ -53,7 +53,7 @@ def content_hash(
             total.update(handle.read(2**20))
     return total.hexdigest()
 
-# %% ../nbs/50_journal.ipynb #353fc279
+# %% ../nbs/50_journal.ipynb #58732076
 def is_entry(
     entry,  # of the journal, as it was read
 ) -> bool:
@@ -101,7 +101,7 @@ def append_entry(
             os.truncate(Path(out) / JOURNAL, end)
             raise
 
-
+# %% ../nbs/50_journal.ipynb #353fc279
 def is_done(
     entry: dict | None,  # of the journal
     path: Path,  # the picture

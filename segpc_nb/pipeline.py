@@ -168,8 +168,12 @@ class Segmenter:
         if set(cell_networks) != set(config.scales):
             found = f"cell_networks has scales {sorted(cell_networks)}, config has {list(config.scales)}"
             raise ValueError(f"{found}; give one network per scale")
-        self.nucleus_network, self.cell_networks = nucleus_network, cell_networks
-        self.config, self.pixels = config, pixels
+        self.nucleus_network, self.cell_networks, self.config, self.pixels = (
+            nucleus_network,
+            cell_networks,
+            config,
+            pixels,
+        )
         for network in (nucleus_network, *cell_networks.values()):
             if isinstance(network, torch.nn.Module):
                 channels_last(network.eval())
@@ -217,8 +221,7 @@ class Segmenter:
     ) -> list[list[Candidate]]:  # per nucleus, scales ascending
         "Stage two: the cell of every nucleus at every scale."
         stained = check_picture(image, self.config.equalize)
-        by_scale = (self._at_scale(stained, nuclei, position) for position in range(len(self.config.scales)))
-        return [list(scales) for scales in zip(*by_scale)]
+        return [list(s) for s in zip(*(self._at_scale(stained, nuclei, k) for k in range(len(self.config.scales))))]
 
     def segment(
         self,

@@ -117,8 +117,10 @@ def load_yaml(
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
 
-# %% ../nbs/39_presets.ipynb #b3b91b38
+# %% ../nbs/39_presets.ipynb #9dea081a
 PresetName = Literal["smoke", "light", "paper"]
+
+
 PRESETS = get_args(PresetName)  # that come with the package
 
 
@@ -142,7 +144,7 @@ def explain_invalid(
         )
     return "; ".join(lines)
 
-
+# %% ../nbs/39_presets.ipynb #b3b91b38
 def load_preset(
     preset: str | Path | Preset,  # one of PRESETS, a YAML file, or a preset, which is given back
 ) -> Preset:

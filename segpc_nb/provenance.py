@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows has none
     resource = None
 
-# %% ../nbs/37_provenance.ipynb #004ea3ef
+# %% ../nbs/37_provenance.ipynb #48d2a75a
 def data_hash(
     files: Iterable[Path],  # pictures and masks
 ) -> str:  # 64 hexadecimal digits
@@ -59,7 +59,7 @@ def peak_memory() -> float | None:  # MB, of this process so far; None on Window
         1024 if sys.platform == "linux" else 1024**2
     )
 
-
+# %% ../nbs/37_provenance.ipynb #004ea3ef
 def write_manifest(
     path: Path,  # manifest.json of the run's folder
     data: str,  # `data_hash` of the files that were read
@@ -88,7 +88,7 @@ def write_manifest(
     write_bytes(path, json.dumps(manifest, indent=2, default=str).encode())
     return manifest
 
-# %% ../nbs/37_provenance.ipynb #55efa02f
+# %% ../nbs/37_provenance.ipynb #a38db6de
 CARD = """# Networks of segpc_nb, preset `{preset}`
 
 A U-Net for nuclei and one Attention DeepLabv3+ for cells per scale ({scales}), for `segpc predict --bundle FOLDER`
@@ -113,6 +113,8 @@ another size are brought to the size they know, but other
 stains, other tissues and other cell types are outside of what was tested. Nuclei of cells that nobody annotated are
 the main source of false alarms.
 """
+
+
 CARD_SCORES = {
     "official": "official score",
     "pq": "PQ",
@@ -122,7 +124,7 @@ CARD_SCORES = {
     "cytoplasm_iou": "cytoplasm IoU",
 }
 
-
+# %% ../nbs/37_provenance.ipynb #55efa02f
 def model_card(
     preset: str,
     split: Split,

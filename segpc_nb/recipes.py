@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DONE', 'train_network', 'sample_files', 'nucleus_segmenter', 'write_nuclei', 'train_nucleus', 'region_datasets',
-           'train_cytoplasm', 'selection_score', 'filter_by_score', 'fit_min_score']
+           'train_cytoplasm']
 
 # %% ../nbs/45_recipes.ipynb #e4a8ce9b
 import json
@@ -12,31 +12,23 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
-from .cells import Cell
+from .augmentation import picture_augmentation, region_augmentation
 from .config import RunOptions, TrainConfig
 from .dataset import Sample, Split, fold_samples, split_samples
 from .determinism import seed_everything
 from .files import write_bytes
 from .hardware import process_state
-from .metrics import evaluate_cells
 from .models import build_network, load_network, save_network
 from .pipeline import Segmenter
 from .presets import Preset, bundle_config, load_preset, preset_yaml
 from .provenance import data_hash, write_manifest
 from .results import read_masks, write_masks
 from .training import fit
-from segpc_nb.training_data import (
-    CellRegions,
-    NucleusPictures,
-    RegionOptions,
-    picture_augmentation,
-    region_augmentation,
-)
+from .training_data import CellRegions, NucleusPictures, RegionOptions
 
 # %% ../nbs/45_recipes.ipynb #c34b500a
 def train_network(
@@ -76,7 +68,7 @@ def sample_files(
     "Pictures and masks."
     return [file for sample in samples for file in (sample.picture, *sample.masks)]
 
-# %% ../nbs/45_recipes.ipynb #dd43cb0a
+# %% ../nbs/45_recipes.ipynb #a10098dc
 DONE = "done.txt"  # in the folder of the nuclei, when all are there
 
 
@@ -103,7 +95,7 @@ def write_nuclei(
         write_masks(folder, sample.id, segmenter.nuclei(image, "field"), image.shape[:2])
     network.cpu()
 
-
+# %% ../nbs/45_recipes.ipynb #dd43cb0a
 def train_nucleus(
     preset: str | Path | Preset,  # name, YAML file, or the preset itself
     data: Path,  # folder of the data set
@@ -185,32 +177,3 @@ def train_cytoplasm(
     folder, seed = out / f"cytoplasm_{scale}", config.seed + round(100 * scale)
     trained = train_network(config, train_set, valid_set, folder, files, seed, preset, start, options, scale=scale)
     return *trained, valid_set
-
-# %% ../nbs/45_recipes.ipynb #86601e2d
-def selection_score(
-    scores: dict,  # of `metrics.evaluate_cells`
-) -> float:  # 0..1
-    "What thresholds are chosen for: the mean of the official score and PQ."
-    return (scores["official"] + scores["pq"]) / 2
-
-
-def filter_by_score(
-    cells: dict[str, list[Cell]],  # of each picture
-    limit: float,  # least score
-) -> dict[str, list[Cell]]:
-    "The cells whose score is high enough."
-    return {id: [cell for cell in members if cell.score >= limit] for id, members in cells.items()}
-
-
-def fit_min_score(
-    cells: dict[str, list[Cell]],  # predicted, of each picture
-    truth: dict[str, list[Cell]],  # annotated
-    shapes: dict[str, tuple[int, int]],  # (H, W) of each picture
-) -> tuple[float, float]:  # the least score, and the mean of official score and PQ that it reaches
-    "The least score that is best for both; 0 or one of the lower 80% of the scores."
-    scores = [cell.score for members in cells.values() for cell in members] or [0.0]
-    limits = [0.0, *np.quantile(scores, np.linspace(0.02, 0.8, 40))]
-    goals = [
-        selection_score(evaluate_cells(truth, filter_by_score(cells, limit), shapes, n_boot=0)) for limit in limits
-    ]
-    return float(limits[int(np.argmax(goals))]), max(goals)

@@ -21,8 +21,10 @@ from .files import write_bytes
 from .interchange import polygons
 from .metrics import evaluate_cells
 
-# %% ../nbs/54_report.ipynb #e3f9cbb9
+# %% ../nbs/54_report.ipynb #7ae2f024
 PREVIEW = 1024  # longest side of a picture in the report, px
+
+
 UNCERTAIN = 0.6  # score below which a cell is marked
 
 
@@ -50,7 +52,7 @@ def svg_path(
     rings = [np.round(np.asarray(ring[:-1]) * factor, 1) for shape in shapes for ring in shape]
     return " ".join("M" + " ".join(f"{x:g},{y:g}" for x, y in ring) + "Z" for ring in rings)
 
-
+# %% ../nbs/54_report.ipynb #e3f9cbb9
 def cell_entry(
     k: int,  # its number in the picture
     cell: Cell,
@@ -77,8 +79,10 @@ def cell_entry(
     }
     return {"k": k, "uncertain": bool(cell.score < UNCERTAIN)} | areas | outlines | place | rest
 
-# %% ../nbs/54_report.ipynb #7ff5b2b1
+# %% ../nbs/54_report.ipynb #afb60b85
 TEMPLATE = Path(segpc_nb.__file__).parent / "report.html"
+
+
 SCORES = {
     "official": "official",
     "pq": "PQ",
@@ -107,7 +111,7 @@ def score_entries(
         )
     return entries
 
-
+# %% ../nbs/54_report.ipynb #7ff5b2b1
 def write_report(
     path: Path,  # .html
     pictures: Iterable[tuple[str, np.ndarray, list[Cell]]],  # id, (H, W, 3) uint8 RGB, cells; read one after the other

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNLABELED', 'CROPS_VERSION', 'union_mask', 'annotated_cells', 'dark_areas', 'NucleusPictures', 'match_nuclei',
-           'jitter_nucleus', 'training_pairs', 'cell_bytes', 'RegionOptions', 'CellRegions', 'StainJitter',
-           'elastic_deformation', 'picture_augmentation', 'region_augmentation']
+           'jitter_nucleus', 'training_pairs', 'cell_bytes', 'RegionOptions', 'CellRegions']
 
 # %% ../nbs/32_training_data.ipynb #57f0c85e
 from collections.abc import Callable
@@ -18,7 +17,6 @@ import torch
 from skimage.filters import threshold_multiotsu
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from .cells import Cell, intersections, window
 from .dataset import Sample
@@ -240,73 +238,3 @@ class CellRegions(Dataset):
         inner = slice(margin, margin + self.options.size)
         image, masks = image[:, inner, inner], masks[:, inner, inner].float()
         return torch.cat([image / 255, masks[:1]]), masks[1:]
-
-# %% ../nbs/32_training_data.ipynb #f432347a
-class StainJitter(v2.Transform):
-    "Multiply and shift the optical density of the colour channels of an 8-bit picture at random."
-
-    def __init__(
-        self,
-        strength: float = 0.2,  # a is drawn from 1 - strength to 1 + strength; for each channel half of that more
-        shift: float = 0.05,  # b is drawn from -shift to shift; for each channel half of that more
-    ):
-        super().__init__()
-        self.strength, self.shift = strength, shift
-
-    def make_params(self, flat_inputs):
-        "Draw the tables."
-        factor = (
-            1
-            + torch.empty(1).uniform_(-self.strength, self.strength)
-            + torch.empty(3).uniform_(-self.strength, self.strength) / 2
-        )
-        added = torch.empty(1).uniform_(-self.shift, self.shift) + torch.empty(3).uniform_(-self.shift, self.shift) / 2
-        density = -(torch.arange(256).clamp(min=1) / 255).log()
-        tables = (-(density * factor[:, None] + added[:, None])).exp() * 255  # (3, 256)
-        return {"tables": tables.round().clamp(0, 255).to(torch.uint8)}
-
-    def transform(self, inpt, params):
-        "Replace every value of an image by that of its table; masks pass unchanged."
-        if not isinstance(inpt, tv_tensors.Image):
-            return inpt
-        return tv_tensors.Image(torch.stack([table[channel.long()] for table, channel in zip(params["tables"], inpt)]))
-
-# %% ../nbs/32_training_data.ipynb #739129aa
-def elastic_deformation(
-    fraction: float,  # of the samples that are bent, 0..1
-) -> v2.Transform:  # for (tv_tensors.Image, tv_tensors.Mask, ...)
-    "Bend some of the samples smoothly, by about a pixel."
-    return v2.RandomApply([v2.ElasticTransform(alpha=30.0, sigma=4.0)], fraction) if fraction else v2.Identity()
-
-
-def picture_augmentation(
-    size: tuple[int, int],  # (height, width) of the picture, px
-    crop: tuple[int, int],  # (height, width) that comes out, px
-    zoom: float = 1.3,  # largest enlargement and reduction
-    elastic: float = 0.0,  # fraction of the samples that are bent, 0..1
-) -> v2.Transform:  # for (tv_tensors.Image, tv_tensors.Mask, ...)
-    "Random window, zoom, flips, turn and stain, for the nucleus network."
-    fraction = crop[0] * crop[1] / (size[0] * size[1])
-    area = (min(1.0, fraction / zoom**2), min(1.0, fraction * zoom**2))
-    shape = crop[1] / crop[0]
-    window = v2.RandomResizedCrop(crop, scale=area, ratio=(shape / 1.15, shape * 1.15), antialias=False)
-    turn = (
-        v2.RandomChoice([v2.RandomRotation((angle, angle)) for angle in (0, 90)])
-        if crop[0] == crop[1]
-        else v2.Identity()
-    )
-    return v2.Compose(
-        [window, v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), turn, elastic_deformation(elastic), StainJitter()]
-    )
-
-
-def region_augmentation(
-    size: int,  # side of the crop that comes out, px
-    zoom: float = 1.15,  # largest enlargement and reduction
-    elastic: float = 0.0,  # fraction of the samples that are bent, 0..1
-) -> v2.Transform:  # for (tv_tensors.Image, tv_tensors.Mask, ...)
-    "Any turn, a little zoom and shear, flips and stain, for the crops of the cytoplasm networks."
-    affine = v2.RandomAffine(degrees=180, scale=(1 / zoom, zoom), shear=8, interpolation=v2.InterpolationMode.BILINEAR)
-    return v2.Compose(
-        [v2.RandomHorizontalFlip(), affine, v2.CenterCrop(size), elastic_deformation(elastic), StainJitter()]
-    )

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from .aggregation import Candidate
 from .config import BundleConfig
-from .images import find_pictures, pixel_size, read_picture
+from .images import find_pictures, read_picture
 from segpc_nb.inspection import (
     CHOSEN,
     LAYERS,
@@ -39,6 +39,7 @@ from segpc_nb.inspection import (
     with_config,
 )
 from .pipeline import Segmenter, check_picture
+from .slides import pixel_size
 
 # %% ../nbs/56_viewer.ipynb #8048daa3
 def draw_png(

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from segpc_nb.augmentation import region_augmentation
 from segpc_nb.checkpoints import load_checkpoint, save_checkpoint
 from segpc_nb.config import RunOptions, TrainConfig
 from segpc_nb.hardware import resolve_precision
@@ -30,7 +31,6 @@ from segpc_nb.presets import load_preset
 from segpc_nb.progress import epochs_since_best
 from segpc_nb.synthetic import make_dataset
 from segpc_nb.training import fit, learning_rate
-from segpc_nb.training_data import region_augmentation
 
 
 class Blobs(Dataset):
