@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import segpc_nb
 from .config import Resume, Stage
 
 # %% ../nbs/62_cli_train.ipynb #a736144f
@@ -63,10 +64,13 @@ def reproduce(
     data: Path | None = None,  # folder of the data set; without it SEGPC_DATA, or synthetic pictures
     out: Path | None = None,  # folder for all results; without it runs/PRESET
     jobs: int = 1,  # scales trained at the same time
-    runs: Path = Path("nbs/runs"),  # the run notebooks of the repository
+    runs: Path | None = None,  # folder of the run notebooks; without it those beside the package
 ) -> None:
     "Train and judge the whole method by the run notebooks of the repository."
-    script, out = Path(runs) / "reproduce.py", Path(out or f"runs/{Path(preset).stem}")
+    runs = (
+        Path(segpc_nb.__file__).parent.parent / "nbs" / "runs" if runs is None else Path(runs)
+    )  # never the current folder's
+    script, out = runs / "reproduce.py", Path(out or f"runs/{Path(preset).stem}")
     if jobs < 1:
         raise ValueError(f"--jobs {jobs}: allowed are 1 and more")
     if not script.exists():

@@ -302,5 +302,9 @@ def split_samples(
 ) -> Split:  # the same every time
     "Part the training pictures of a data set into three."
     samples, holdout = split_holdout(list_samples(root))
-    valid, *rest = fold_samples(samples, 6, seed=0)
+    fields = len(overlap_groups(samples))
+    if fields < 2:
+        found = f"{len(samples) + len(holdout)} pictures, {fields} of them independent and not held out"
+        raise ValueError(f"{root}: {found}; training needs 2 at least, one to train on and one to judge by")
+    valid, *rest = fold_samples(samples, min(6, fields), seed=0)
     return Split([sample for fold in rest for sample in fold], valid, holdout)

@@ -8,6 +8,7 @@ __all__ = ['NETWORKS', 'FORMAT_VERSION', 'check_input', 'check_activation', 'UNe
 
 # %% ../nbs/27_models.ipynb #462334e7
 import json
+import re
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
@@ -188,6 +189,10 @@ def build_network(
     "A network by its name."
     if name not in NETWORKS:
         raise ValueError(f"network {name!r}, allowed: {', '.join(NETWORKS)}")
+    if encoder_weights not in (None, "imagenet", "lite0-package"):
+        raise ValueError(f"encoder_weights = {encoder_weights!r}, allowed: None, 'imagenet', 'lite0-package'")
+    if re.search("hub|[:/]", str(settings.get("encoder_name", ""))):  # timm would fetch and trust whatever it names
+        raise ValueError(f"encoder_name = {settings['encoder_name']!r}: an encoder of a hub or a file is not allowed")
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     if name == "unet":
         return UNet(**settings)
@@ -244,7 +249,9 @@ def load_network(
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        if not isinstance(config, dict) or not isinstance(config.get("network"), dict):
+            raise ValueError("config.json has no network")
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(
             f"{folder} holds no network ({error}); expected config.json and model.safetensors from save_network"
         ) from error
@@ -253,7 +260,12 @@ def load_network(
             f"{folder} has format_version {config.get('format_version')}, "
             f"this version reads {FORMAT_VERSION}; update segpc_nb"
         )
-    network = build_network(**config["network"] | ({"activation": None} if logits else {}))
+    try:  # the weights are in the folder, whatever the configuration says of others
+        network = build_network(
+            **config["network"] | {"encoder_weights": None} | ({"activation": None} if logits else {})
+        )
+    except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no network ({error})") from error
     try:
         network.load_state_dict(
             {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

@@ -244,6 +244,32 @@ def test_training_needs_its_first_stage(smears, capsys):
     assert "--scale 1.75 is for the cytoplasm networks" in capsys.readouterr().err
 
 
+def test_training_without_annotation_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("synth", "smears", "--pictures", "14") == 0
+    shutil.copytree("smears", "no_masks")
+    shutil.rmtree("no_masks/train/y")
+    (tmp_path / "no_masks/train/y").mkdir()
+    shutil.copytree("smears", "no_nuclei")
+    for path in (tmp_path / "no_nuclei/train/y").iterdir():
+        mask = read_mask(path)
+        write_image(path, np.where(mask == 40, 20, mask).astype(np.uint8))
+    shutil.copytree("smears", "one_picture")
+    for path in sorted((tmp_path / "one_picture/train/x").iterdir())[1:]:
+        path.unlink()
+        for mask in (tmp_path / "one_picture/train/y").glob(f"{path.stem}_*"):
+            mask.unlink()
+    capsys.readouterr()
+    for folder, message in (
+        ("no_masks", "none of the .* training pictures has an annotated nucleus"),
+        ("no_nuclei", "none of the .* training pictures has an annotated nucleus"),
+        ("one_picture", "training needs 2 at least"),
+    ):
+        assert run("train", "nucleus", "--preset", "smoke", "--epochs", "1", "--data", folder, "--out", "runs") == 2
+        assert re.search(message, capsys.readouterr().err), folder
+    assert not list((tmp_path / "runs").rglob("*.safetensors"))
+
+
 def test_training_by_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("synth", "smears", "--pictures", "14") == 0
