@@ -6,9 +6,9 @@
 __all__ = ['picture_files', 'folder_pictures', 'is_picture_folder', 'left_out', 'left_out_line', 'find_pictures']
 
 # %% ../nbs/07_inputs.ipynb #f8b08915
+import os
 from collections import Counter
 from pathlib import Path
-import os
 
 from .files import PictureError
 from .images import PICTURE_SUFFIXES, natural_key

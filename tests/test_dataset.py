@@ -245,7 +245,7 @@ def test_zips_in_zips_come_to_an_end(tmp_path):
         unpack_dataset(path, tmp_path / "out")
     with pytest.raises(PictureError, match="no such file; check the name"):
         unpack_dataset(tmp_path / "none.zip", tmp_path / "out")
-    with pytest.raises(PictureError, match="can't be read .a folder."):
+    with pytest.raises(PictureError, match=r"can't be read .a folder."):
         unpack_dataset(tmp_path, tmp_path / "out")
 
 

@@ -24,11 +24,8 @@ import zarr
 from PIL import Image
 
 from segpc_nb.cli import main, make_parser
-from segpc_nb.dataset import list_samples
-from segpc_nb.files import PictureError
-from segpc_nb.images import picture_id, read_mask, read_picture
-from segpc_nb.inputs import find_pictures, left_out, left_out_line
-from segpc_nb.slides import read_any
+from segpc_nb.images import picture_id
+from segpc_nb.inputs import find_pictures
 
 TABLE = Path(__file__).parent.parent / "results" / "inputs.csv"
 COLUMNS = ("group", "kind", "outcome", "exit", "words")
@@ -264,14 +261,16 @@ def grey_png(values, **options):
 
 
 EMPTY = np.zeros((60, 80), np.uint8)
+OTHER = mask().T[:60, :60].repeat(2, 1)[:, :80]
+OPAQUE = np.where(mask(), 255, 0).astype(np.uint8)
 MASKS = {  # files of y beside the picture 1; a good mask is 1_1.png
     "as it should be": {"1_1.png": grey_png(mask())},
     "three equal channels": {"1_1.png": grey_png(np.dstack([mask()] * 3))},
     "one of three channels": {"1_1.png": grey_png(np.dstack([mask(), EMPTY, EMPTY]))},
-    "three channels that differ": {"1_1.png": grey_png(np.dstack([mask(), mask().T[:60, :60].repeat(2, 1)[:, :80], EMPTY]))},
+    "three channels that differ": {"1_1.png": grey_png(np.dstack([mask(), OTHER, EMPTY]))},
     "palette of 20 and 40, any colours": {"1_1.png": palette([(0, 255, 0), (255, 0, 0)])},
     "palette, same blue for both": {"1_1.png": palette([(0, 255, 20), (255, 0, 20)])},
-    "transparent background": {"1_1.png": grey_png(np.dstack([mask()] * 3 + [np.where(mask(), 255, 0).astype(np.uint8)]))},
+    "transparent background": {"1_1.png": grey_png(np.dstack([mask()] * 3 + [OPAQUE]))},
     "TIFF": {"1_1.tif": tiff(mask(), photometric="minisblack")},
     "JPEG": {"1_1.jpg": encoded(Image.fromarray(mask()), "JPEG", quality=70)},
     "values 1 and 2": {"1_1.png": grey_png(mask() // 20)},
