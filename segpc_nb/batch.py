@@ -29,7 +29,7 @@ from .backends import with_backend
 from .cells import Cell
 from .files import content_key, write_bytes
 from .hardware import keep_memory
-from .images import natural_key
+from .images import natural_key, picture_id
 from .interchange import qupath_features
 from segpc_nb.journal import (
     JOURNAL,
@@ -167,7 +167,7 @@ def write_prediction(
     cells: list[Cell],  # of the picture
 ) -> dict:  # line of the journal
     "Write the cells of a picture, and make its line of the journal."
-    id, shape, large = picture.path.stem, picture.image.shape[:2], isinstance(picture.image, Slide)
+    id, shape, large = picture_id(picture.path), picture.image.shape[:2], isinstance(picture.image, Slide)
     if large:  # outlines for QuPath instead of a mask as large as the slide for every cell
         write_bytes(Path(out) / "slides" / f"{id}.geojson", json.dumps(qupath_features(cells)).encode())
     else:
@@ -286,9 +286,9 @@ def pictures_to_do(
     "Leave out what was predicted before; results of other pictures are not replaced."
     for path in pictures:
         with suppress(OSError):  # reading it says why
-            check_owner(journal.get(path.stem), path, out)
-    todo = [(k, path) for k, path in enumerate(pictures) if not is_done(journal.get(path.stem), path, out, key)]
-    if changed := sum(path.stem in journal and journal[path.stem]["key"] != key for _, path in todo):
+            check_owner(journal.get(picture_id(path)), path, out)
+    todo = [(k, path) for k, path in enumerate(pictures) if not is_done(journal.get(picture_id(path)), path, out, key)]
+    if changed := sum(picture_id(path) in journal and journal[picture_id(path)]["key"] != key for _, path in todo):
         on_progress(f"{changed} pictures were predicted with other options, networks or version: predicted again")
     return todo
 
@@ -335,5 +335,5 @@ def predict_pictures(
                         failed[picture.path] = picture.error
         finally:
             write_results_table(out, earlier, journal)
-    skipped = {path.stem for path in pictures} - {path.stem for _, path in todo}
+    skipped = {picture_id(path) for path in pictures} - {picture_id(path) for _, path in todo}
     return PredictResult(counts, sorted(skipped, key=natural_key), failed)

@@ -214,10 +214,13 @@ def print_predictions(
     **options,  # of `predict`
 ) -> int:  # exit code
     "Predict pictures, and print what was found and what failed."
+    from segpc_nb.inputs import left_out
+
     found = predict(**options, on_progress=(lambda line: None) if json else print)
     failed = {str(path): why for path, why in found.failed.items()}
     if json:
-        print(dumps({"cells": found.cells, "skipped": found.skipped, "failed": failed}, indent=2))
+        others = [str(path) for path in left_out(options["pictures"])]
+        print(dumps({"cells": found.cells, "skipped": found.skipped, "failed": failed, "left_out": others}, indent=2))
     elif found.skipped:
         print(f"done before: {len(found.skipped)}")
     for path, why in failed.items():

@@ -66,17 +66,20 @@ def predict(
 ):  # batch.PredictResult: what was found, skipped, and failed
     "Find the cells of pictures and write masks and measurements."
     from segpc_nb.batch import PredictOptions, predict_pictures
-    from segpc_nb.images import find_pictures
+    from segpc_nb.images import picture_id
+    from segpc_nb.inputs import find_pictures, left_out, left_out_line
 
     check_predict_options(bundle, select, preset, nucleus_px, backend, min_score)
     found = {}
     for path in find_pictures(pictures):
-        if path.stem in found:
+        if picture_id(path) in found:
             raise ValueError(
-                f"{found[path.stem]} and {path} have the same name, and masks are named after it; rename one "
+                f"{found[picture_id(path)]} and {path} have the same name, and masks are named after it; rename one "
                 "or use two --out folders"
             )
-        found[path.stem] = path
+        found[picture_id(path)] = path
+    if others := left_out(pictures):
+        on_progress(left_out_line(others))
     return predict_pictures(
         list(found.values()),
         Path(out),
@@ -109,12 +112,15 @@ def comparable(
     pred: Path,  # folder of `predict`
 ) -> tuple[dict, dict, dict, dict]:  # annotated cells, predicted cells, (H, W) of each picture; what was left out
     "Annotated and predicted cells of the pictures that have both; a picture without annotation judges nobody."
-    from segpc_nb.images import picture_files
+    from segpc_nb.images import picture_id
+    from segpc_nb.inputs import picture_files
     from segpc_nb.journal import read_journal
     from segpc_nb.results import read_results
 
     (annotated, shapes), (found, found_shapes, _) = read_results(truth), read_predictions(pred)
-    known = annotated.keys() | {path.stem for path in picture_files(Path(truth) / "x")}  # x may hold empty pictures
+    known = annotated.keys() | {
+        picture_id(path) for path in picture_files(Path(truth) / "x")
+    }  # x may hold empty pictures
     if found and not known & found.keys():
         raise ValueError(
             f"{pred} and {truth} have no picture in common ({min(found)}... and {min(known, default='none')}...); "
@@ -201,9 +207,10 @@ def predicted_pictures(
     shapes: dict[str, tuple[int, int]],  # (H, W) of the pictures that were predicted
 ) -> dict[str, Path]:  # file of each of them
     "Find the pictures of predictions."
-    from segpc_nb.images import find_pictures
+    from segpc_nb.images import picture_id
+    from segpc_nb.inputs import find_pictures
 
-    found = {path.stem: path for path in find_pictures(pictures)}
+    found = {picture_id(path): path for path in find_pictures(pictures)}
     if missing := sorted(shapes.keys() - found.keys()):
         raise ValueError(
             f"--pictures has no picture for {', '.join(missing[:5])}, of which {pred} holds predictions; "
@@ -217,9 +224,9 @@ def read_predicted(
     shape: tuple[int, int],  # (H, W) of its masks
 ):  # (H, W, 3) uint8 RGB
     "Read a picture that masks belong to."
-    from segpc_nb.images import read_picture
+    from segpc_nb.slides import read_any
 
-    image = read_picture(path)
+    image = read_any(path)
     if image.shape[:2] != tuple(shape):
         raise ValueError(
             f"{path} has {image.shape[:2]} px, its masks have {tuple(shape)}; give the pictures that were predicted"

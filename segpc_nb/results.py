@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from .cells import CYTOPLASM, NUCLEUS, Cell, cell_from_mask, mask_from_cell
-from .dataset import instance_number
+from .dataset import instance_number, picture_of
 from .files import write_bytes
-from .images import PICTURE_SUFFIXES, PictureError, natural_key, read_mask, window_png, write_image
+from .images import PICTURE_SUFFIXES, PictureError, natural_key, read_mask, write_image
+from .mask_png import window_png
 
 # %% ../nbs/13_results.ipynb #b4dc19ef
 def write_masks(
@@ -61,7 +62,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, list[Cell]], dict[str, tuple[i
     cells, shapes = {}, {}
     for path in _mask_files(Path(folder)):
         k, mask = instance_number(path), read_mask(path)
-        id = path.stem.rpartition("_")[0]
+        id = picture_of(path)
         if shapes.setdefault(id, mask.shape) != mask.shape:
             raise PictureError(
                 path,

@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 
 from .aggregation import Candidate
 from .config import BundleConfig
-from .images import find_pictures, read_picture
+from .files import MAX_PIXELS, PictureError
+from .inputs import find_pictures
 from segpc_nb.inspection import (
     CHOSEN,
     LAYERS,
@@ -39,7 +40,7 @@ from segpc_nb.inspection import (
     with_config,
 )
 from .pipeline import Segmenter, check_picture
-from .slides import pixel_size
+from .slides import Slide, pixel_size, read_any
 
 # %% ../nbs/56_viewer.ipynb #8048daa3
 def draw_png(
@@ -107,7 +108,12 @@ def open_picture(
     source: np.ndarray | Path,  # from `picture_sources`
 ) -> tuple[np.ndarray, float | None]:  # (H, W, 3) uint8 RGB; side of a pixel, um, where the file says it
     "Read or check a picture."
-    return (read_picture(source), pixel_size(source)) if isinstance(source, Path) else (check_picture(source), None)
+    if not isinstance(source, Path):
+        return check_picture(source), None
+    image = read_any(source)
+    if isinstance(image, Slide):
+        raise PictureError(source, f"more than {MAX_PIXELS:,} pixels", "cut it into parts to look at it")
+    return image, pixel_size(source)
 
 # %% ../nbs/56_viewer.ipynb #f0803c7b
 START_RATIO = 2.0  # upper ratio of every scale where none was fitted

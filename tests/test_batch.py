@@ -28,7 +28,8 @@ from segpc_nb.cells import iou_table
 from segpc_nb.cli_predict import report
 from segpc_nb.config import BundleConfig
 from segpc_nb.hardware import keep_memory
-from segpc_nb.images import find_pictures, write_image
+from segpc_nb.images import write_image
+from segpc_nb.inputs import find_pictures
 from segpc_nb.journal import JOURNAL, read_journal
 from segpc_nb.pipeline import SHIPPED, Segmenter, load_bundle, save_bundle
 from segpc_nb.runtimes import missing_packages

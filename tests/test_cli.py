@@ -164,7 +164,7 @@ def test_a_stopped_run_leaves_whole_results(smears, monkeypatch, capsys):
     assert list(cells) == ["7_a"]
     monkeypatch.setattr(batch, "load_bundle", lambda folder, device="cpu": STUB)
     assert run("predict", "x", "--out", "out", "--bundle", "b", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"cells": {"10": 2}, "skipped": ["7_a"], "failed": {}}
+    assert json.loads(capsys.readouterr().out) == {"cells": {"10": 2}, "skipped": ["7_a"], "failed": {}, "left_out": []}
 
 
 def test_the_size_of_nuclei_is_passed_on(smears, monkeypatch, capsys):

@@ -16,20 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from segpc_nb.files import write_bytes
+from segpc_nb.files import MAX_PIXELS, PictureError, write_bytes
 from segpc_nb.images import (
-    MAX_PIXELS,
     PICTURE_SUFFIXES,
-    PictureError,
     equalize_histogram,
-    find_pictures,
     natural_key,
-    picture_files,
     read_mask,
     read_picture,
-    window_png,
     write_image,
 )
+from segpc_nb.inputs import find_pictures, picture_files
+from segpc_nb.mask_png import window_png
 
 fast = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
