@@ -209,6 +209,7 @@ def predicted_pictures(
     "Find the pictures of predictions."
     from segpc_nb.images import picture_id
     from segpc_nb.inputs import find_pictures
+    from segpc_nb.journal import content_hash, read_journal
 
     found = {picture_id(path): path for path in find_pictures(pictures)}
     if missing := sorted(shapes.keys() - found.keys()):
@@ -216,6 +217,10 @@ def predicted_pictures(
             f"--pictures has no picture for {', '.join(missing[:5])}, of which {pred} holds predictions; "
             "give the pictures that were predicted"
         )
+    journal = read_journal(pred)
+    for id in shapes:
+        if journal.get(id, {}).get("content", known := content_hash(found[id])) != known:
+            raise ValueError(f"{found[id]} is not the picture that was predicted as {id} in {pred}; give that one")
     return {id: found[id] for id in shapes}
 
 

@@ -348,6 +348,16 @@ def test_the_exported_table_names_the_nucleus(smears):
     assert ours["nucleus"].tolist() == theirs["nucleus"].tolist() and len(ours) == 6
 
 
+def test_another_picture_of_the_same_name_is_not_measured(smears, capsys):
+    assert run("predict", "x", "--out", "out", "--bundle", "b") == 0
+    shutil.copytree("x", "y")
+    shutil.copy("y/7_a.bmp", "y/10.bmp")
+    capsys.readouterr()
+    words = ("export", "--pred", "out", "--to", "table", "--out", "t.csv", "--pictures")
+    assert run(*words, "y") == 2 and "y/10.bmp is not the picture that was predicted as 10" in capsys.readouterr().err
+    assert run(*words, "x") == 0
+
+
 def test_files_keep_the_umask(smears):
     before = os.umask(0o077)
     try:
