@@ -3,20 +3,10 @@
 import json
 from pathlib import Path
 
+from segpc_nb.metrics import SCORE_NAMES
+
 docs = Path(__file__).parent
 results = docs.parent / "results"
-
-COLUMNS = {
-    "official": "official",
-    "pq": "PQ",
-    "ap50": "AP50",
-    "f1": "F1",
-    "recall": "recall",
-    "precision": "precision",
-    "aji": "AJI",
-    "nucleus_iou": "nucleus IoU",
-    "cytoplasm_iou": "cytoplasm IoU",
-}
 
 
 def load(name: str) -> dict:
@@ -32,7 +22,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def scores_table(
     run: dict,  # a file that `nbs/runs/3_evaluate.ipynb` wrote
     methods: tuple[str, ...] = (),  # rows; all without any
-    columns: tuple[str, ...] = tuple(COLUMNS),
+    columns: tuple[str, ...] = tuple(SCORE_NAMES),
 ) -> str:
     "The scores of a run, the official one with its interval."
     rows = []
@@ -42,7 +32,7 @@ def scores_table(
         cells = {name: f"{scores[name]:.3f}" for name in columns}
         cells["official"] += f" [{low:.3f}, {high:.3f}]"
         rows.append([method, *cells.values()])
-    return table(["method", *(COLUMNS[name] for name in columns)], rows)
+    return table(["method", *(SCORE_NAMES[name] for name in columns)], rows)
 
 
 def chosen_limit(run: dict) -> str:

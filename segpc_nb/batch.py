@@ -281,12 +281,15 @@ def pictures_to_do(
     out: Path,
     journal: dict[str, dict],  # from `read_journal`
     key: str,  # of the options
+    redo: bool,  # also pictures that were done before
     on_progress: Callable[[str], None],  # gets a line if something is predicted again
 ) -> list[tuple[int, Path]]:  # number and path of what is left
     "Leave out what was predicted before; results of other pictures are not replaced."
     for path in pictures:
         with suppress(OSError):  # reading it says why
             check_owner(journal.get(picture_id(path)), path, out)
+    if redo:
+        return list(enumerate(pictures))
     todo = [(k, path) for k, path in enumerate(pictures) if not is_done(journal.get(picture_id(path)), path, out, key)]
     if changed := sum(picture_id(path) in journal and journal[picture_id(path)]["key"] != key for _, path in todo):
         on_progress(f"{changed} pictures were predicted with other options, networks or version: predicted again")
@@ -316,8 +319,7 @@ def predict_pictures(
     read_earlier_table(out)  # refuses an annotation before anything is written
     with one_writer(out), orderly_end():
         earlier, journal, counts, failed = read_earlier_table(out), read_journal(out), {}, {}
-        left = pictures_to_do(pictures, out, journal, options.key, say)
-        todo = list(enumerate(pictures)) if redo else left
+        todo = pictures_to_do(pictures, out, journal, options.key, redo, say)
         kept = "".join(json.dumps(entry) + "\n" for entry in journal.values())  # without lines that count for nothing
         write_bytes(Path(out) / JOURNAL, kept.encode())
 

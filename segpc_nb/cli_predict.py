@@ -217,9 +217,9 @@ def predicted_pictures(
             f"--pictures has no picture for {', '.join(missing[:5])}, of which {pred} holds predictions; "
             "give the pictures that were predicted"
         )
-    journal = read_journal(pred)
-    for id in shapes:
-        if journal.get(id, {}).get("content", known := content_hash(found[id])) != known:
+    known = {id: entry["content"] for id, entry in read_journal(pred).items() if "content" in entry}
+    for id in shapes.keys() & known.keys():
+        if content_hash(found[id]) != known[id]:
             raise ValueError(f"{found[id]} is not the picture that was predicted as {id} in {pred}; give that one")
     return {id: found[id] for id in shapes}
 

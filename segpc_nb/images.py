@@ -175,8 +175,10 @@ def _tiff_pixels(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray | N
             return colours.T[values[..., 0]], values[..., 0]
     return (values[..., 0] if values.shape[2] == 1 else values), None
 
-# %% ../nbs/04_images.ipynb #81ce2c51
+# %% ../nbs/04_images.ipynb #e3b6db89
 PICTURE_SUFFIXES = (".bmp", ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".tif", ".tiff")
+
+
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -214,7 +216,7 @@ def _bmp_fields(content: bytes) -> np.ndarray | None:
     pixels = np.frombuffer(content, np.uint8, 4 * width * abs(height), start).reshape(abs(height), width, 4)
     return pixels[:: -1 if height > 0 else 1, :, places]
 
-
+# %% ../nbs/04_images.ipynb #81ce2c51
 def _other_pixels(path: Path, content: bytes) -> tuple[np.ndarray | None, np.ndarray | None]:
     "The same as `_tiff_pixels` for all other formats."
     if (pixels := _bmp_fields(content)) is not None:

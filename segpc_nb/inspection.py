@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
@@ -25,7 +24,7 @@ from .aggregation import Candidate, accepts, cell_level, nucleus_on_grid
 from .cells import Cell
 from .config import BundleConfig
 from .pipeline import Segmenter
-from .plots import CELL_COLORS, OUTLINE_COLORS, outlines, show_cells, show_picture
+from .plots import CELL_COLORS, OUTLINE_COLORS, draw_lines, outlines, show_cells, show_picture
 from .regions import picture_window
 
 # %% ../nbs/55_inspection.ipynb #4c809e25
@@ -158,21 +157,6 @@ def explain(
 CHOSEN = CELL_COLORS[1]
 
 
-def _draw(ax: Axes, mask: np.ndarray, corner: tuple[int, int], color: str, style: str = "solid") -> None:
-    "The outline of a mask, with a seam that keeps it visible on any ground."
-    seam = [Stroke(linewidth=2.6, foreground="white" if sum(to_rgb(color)) < 1.5 else "black", alpha=0.6), Normal()]
-    ax.add_collection(
-        LineCollection(
-            outlines(mask, corner),
-            colors=color,
-            linewidths=1.4,
-            linestyles=style,
-            path_effects=seam if style == "solid" else None,
-        ),
-        autolim=False,
-    )
-
-
 def _filled(image: np.ndarray, cells: list[Cell]) -> np.ndarray:
     "The picture with coloured cells, cytoplasm paler than nucleus."
     canvas = image.astype(np.float32)
@@ -213,9 +197,10 @@ def show_layers(
         top, left, bottom, right = nucleus.bbox
         cell = reported.get(nucleus.id)
         if cell and "cell" in layers:
-            _draw(ax, cell.mask, cell.bbox[:2], OUTLINE_COLORS["mask"])
+            draw_lines(ax, outlines(cell.mask, cell.bbox[:2]), OUTLINE_COLORS["mask"])
         if "nucleus" in layers:
-            _draw(ax, nucleus.nucleus, (top, left), OUTLINE_COLORS["nucleus"], "solid" if cell else "dotted")
+            style = "solid" if cell else "dotted"
+            draw_lines(ax, outlines(nucleus.nucleus, (top, left)), OUTLINE_COLORS["nucleus"], style)
         if "numbers" in layers:
             seam = [Stroke(linewidth=1.5, foreground="black"), Normal()]
             ax.text((left + right - 1) / 2, (top + bottom - 1) / 2, nucleus.id, path_effects=seam, **number)
@@ -243,5 +228,5 @@ def show_probability(
     "Draw the probability of the whole cell, dark for 0, bright for 1."
     ax = show_picture(np.repeat((255 * candidate.probability[..., None].clip(0, 1)).round().astype(np.uint8), 3, 2), ax)
     nucleus = nucleus_on_grid(candidate.nucleus, candidate.box, candidate.probability.shape)
-    _draw(ax, candidate.probability > cell_level(candidate.probability, nucleus, threshold), (0, 0), CHOSEN)
+    draw_lines(ax, outlines(candidate.probability > cell_level(candidate.probability, nucleus, threshold)), CHOSEN)
     return ax

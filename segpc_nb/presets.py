@@ -128,20 +128,11 @@ def explain_invalid(
     error: ValidationError,
 ) -> str:  # every wrong field, what was found, what is wanted
     "What pydantic found, in one line."
-    lines = []
+    lines, clear = [], ("value_error", "missing", "unexpected_keyword_argument")
     for part in error.errors(include_url=False):
-        where = ".".join(str(step) for step in part["loc"] if step != "ctx")
-        text = part["msg"].removeprefix("Value error, ")
-        lines.append(
-            text
-            if part["type"] == "value_error" and not where
-            else f"{where}: {text}"
-            + (
-                ""
-                if part["type"] in ("value_error", "missing", "unexpected_keyword_argument")
-                else f", found {part['input']!r}"
-            )
-        )
+        where = ".".join(str(step) for step in part["loc"])
+        found = "" if part["type"] in clear else f", found {part['input']!r}"
+        lines.append(f"{where}{': ' if where else ''}{part['msg'].removeprefix('Value error, ')}{found}")
     return "; ".join(lines)
 
 # %% ../nbs/39_presets.ipynb #b3b91b38
@@ -195,21 +186,17 @@ def override(
             )
     if not train and not bundle:
         return preset
-    chosen = [preset.nucleus] if stage == "nucleus" else preset.cytoplasm.values()
 
-    def changed(config):
+    def changed(config, wanted):
         values = asdict(config) | train | {"network": config.network | train.get("network", {})}
-        return TypeAdapter(TrainConfig).validate_python(values) if config in chosen else config
-
-    def wanted(value):
-        return stage == "cytoplasm" and scale in (None, value)
+        return TypeAdapter(TrainConfig).validate_python(values) if wanted else config
 
     try:
         return replace(
             preset,
             name=preset.name if preset.name.endswith(", changed") else f"{preset.name}, changed",
-            nucleus=changed(preset.nucleus) if stage == "nucleus" else preset.nucleus,
-            cytoplasm={s: changed(c) if wanted(s) else c for s, c in preset.cytoplasm.items()},
+            nucleus=changed(preset.nucleus, stage == "nucleus"),
+            cytoplasm={s: changed(c, stage == "cytoplasm" and scale in (None, s)) for s, c in preset.cytoplasm.items()},
             bundle=preset.bundle | bundle,
         )
     except ValidationError as error:

@@ -21,6 +21,7 @@ import torch
 from .dataset import Split
 from .files import write_bytes
 from .hardware import process_state
+from .metrics import SCORE_NAMES
 
 try:
     import resource
@@ -115,14 +116,7 @@ the main source of false alarms.
 """
 
 
-CARD_SCORES = {
-    "official": "official score",
-    "pq": "PQ",
-    "ap50": "AP50",
-    "f1": "F1",
-    "nucleus_iou": "nucleus IoU",
-    "cytoplasm_iou": "cytoplasm IoU",
-}
+CARD_SCORES = ("official", "pq", "ap50", "f1", "nucleus_iou", "cytoplasm_iou")
 
 # %% ../nbs/37_provenance.ipynb #55efa02f
 def model_card(
@@ -133,7 +127,8 @@ def model_card(
     data: str,  # what the networks were trained on, in words
 ) -> str:  # Markdown
     "What one should know before using the networks."
-    lines = ["| | " + " | ".join(CARD_SCORES.values()) + " |", "|---" * (len(CARD_SCORES) + 1) + "|"]
+    header = " | ".join(SCORE_NAMES[name] for name in CARD_SCORES)
+    lines = [f"| | {header} |", "|---" * (len(CARD_SCORES) + 1) + "|"]
     for method in ("paper", "keep-all"):
         scores = results[method]
         cells = (

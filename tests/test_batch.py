@@ -469,8 +469,9 @@ def test_a_picture_replaced_while_it_is_predicted_is_predicted_again(drawn, tmp_
 
     monkeypatch.setattr(batch, "write_prediction", replaced)
     assert list(predict_pictures(drawn, tmp_path / "out").cells) == ["0", "1", "2"]
-    monkeypatch.undo()
+    monkeypatch.setattr(batch, "write_prediction", real)
     assert drawn[0].read_bytes() != first
+    assert list(predict_pictures(drawn, tmp_path / "out").cells) == ["0"]
 
 
 def test_what_version_0_1_wrote_is_read_and_predicted_again(drawn, tmp_path):

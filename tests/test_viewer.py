@@ -19,8 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
+from segpc_nb import cli
 from segpc_nb.aggregation import select_by_ratio
-from segpc_nb.cells import cell_from_parts
+from segpc_nb.cells import cell_from_parts, same_cell
 from segpc_nb.config import BundleConfig
 from segpc_nb.images import write_image
 from segpc_nb.inspection import (
@@ -36,7 +37,9 @@ from segpc_nb.inspection import (
     with_config,
 )
 from segpc_nb.models import build_network
-from segpc_nb.pipeline import Segmenter, load_bundle, save_bundle
+from segpc_nb.pipeline import SHIPPED, Segmenter, load_bundle, save_bundle
+from segpc_nb.results import read_results
+from segpc_nb.synthetic import make_picture
 from segpc_nb.viewer import Viewer, draw_png, pyramid_html, threshold_sliders, tuned_config
 
 ROOT = Path(__file__).parent.parent
@@ -461,3 +464,18 @@ def test_the_page_fits_laptop_and_phone(page, shoot):
     page.wait_for_function(f"Math.max(...{rights}) <= 390")  # widgets follow the page a moment later
     assert len(page.evaluate(rights)) == len(SCALES)
     page.set_viewport_size({"width": 1280, "height": 900})
+
+
+@pytest.mark.skipif(not (SHIPPED / "bundle.json").exists(), reason="this copy comes without trained networks")
+def test_library_command_and_viewer_give_the_same_cells_of_a_mosaic(tmp_path):
+    fields = [make_picture(np.random.default_rng(seed))[0] for seed in range(4)]
+    mosaic = np.concatenate([np.concatenate(fields[:2], 1), np.concatenate(fields[2:], 1)])
+    write_image(tmp_path / "mosaic.png", mosaic)
+    library = load_bundle().segment(mosaic)
+    assert len(library) >= 12
+    assert cli.main(["predict", str(tmp_path / "mosaic.png"), "--out", str(tmp_path / "out")]) == 0
+    command = read_results(tmp_path / "out")[0]["mosaic"]
+    viewer = Viewer(load_bundle(), {"mosaic": mosaic}).inspection.cells
+    for others in (command, viewer):
+        assert len(others) == len(library)
+        assert all(same_cell(mine, theirs) for mine, theirs in zip(library, others))
