@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .config import Backend, ExportFormat, Method, Selection
+from .config import Backend, ExportFormat, Method, OperatingPoint, Selection
 
 # %% ../nbs/63_cli_predict.ipynb #55c32957
 def check_predict_options(
@@ -23,6 +23,7 @@ def check_predict_options(
     nucleus_px: float | None,
     backend: str,
     min_score: float | None,
+    operating_point: str | None = None,
 ) -> None:
     "Refuse options of `predict` that contradict each other."
     if preset != "project" and bundle is None:
@@ -30,6 +31,13 @@ def check_predict_options(
             f"--preset {preset} needs --bundle, the folder of the authors' converted weights; make it with "
             "`segpc convert-keras`"
         )
+    if operating_point is not None and min_score is not None:
+        raise ValueError(
+            f"--operating-point {operating_point} does not go with --min-score {min_score}, which it stands for; leave "
+            "one of them out"
+        )
+    if select == "keep-all" and operating_point is not None:
+        raise ValueError("--operating-point does not go with --select keep-all, which keeps every cell; leave one out")
     if select == "keep-all" and min_score is not None:
         raise ValueError(
             f"--min-score {min_score} does not go with --select keep-all, which keeps every cell; leave one of them out"
@@ -38,6 +46,7 @@ def check_predict_options(
         ("--select", select),
         ("--nucleus-px", nucleus_px),
         ("--min-score", min_score),
+        ("--operating-point", operating_point),
         ("--backend", None if backend == "torch" else backend),
     ):
         if preset != "project" and value is not None:
@@ -62,14 +71,18 @@ def predict(
     cluster: str | None = None,  # dask scheduler whose workers predict; local starts them here
     redo: bool = False,  # also pictures that were done before
     min_score: float | None = None,  # report cells from this score on, 0..1; less finds more cells, and more false ones
+    operating_point: OperatingPoint | None = None,  # a --min-score by name: miss few cells, or report few false ones
     on_progress: Callable[[str], None] = print,  # gets a line per picture
 ):  # batch.PredictResult: what was found, skipped, and failed
     "Find the cells of pictures and write masks and measurements."
     from segpc_nb.batch import PredictOptions, predict_pictures
     from segpc_nb.images import picture_id
     from segpc_nb.inputs import find_pictures, left_out, left_out_line
+    from segpc_nb.pipeline import named_min_score
 
-    check_predict_options(bundle, select, preset, nucleus_px, backend, min_score)
+    check_predict_options(bundle, select, preset, nucleus_px, backend, min_score, operating_point)
+    if operating_point is not None:
+        min_score = named_min_score(bundle, operating_point)
     found = {}
     for path in find_pictures(pictures):
         if picture_id(path) in found:

@@ -23,15 +23,15 @@ def network_device(
 
 @torch.inference_mode()
 def predict_batch(
-    network: Callable,  # (N, C, h, w) float to (N, 1, h, w) logits
+    network: Callable,  # (N, C, h, w) float to (N, 1 or 2, h, w) logits
     images: np.ndarray,  # (N, C, h, w) uint8: RGB 0..255, then nucleus 0/1 where C is 4
-) -> np.ndarray:  # (N, 1, h, w) float32, 0..1
+) -> np.ndarray:  # (N, 1 or 2, h, w) float32, 0..1
     "Predict the probabilities of one batch."
     batch = torch.from_numpy(images).float()
     batch[:, :3] /= 255
     logits = network(batch.to(network_device(network)))
-    if logits.shape != (len(batch), 1, *batch.shape[2:]):
-        expected = (len(batch), 1, *batch.shape[2:])
+    expected = (len(batch), 2 if logits.dim() == 4 and logits.shape[1] == 2 else 1, *batch.shape[2:])
+    if logits.shape != expected:
         raise ValueError(
             f"network: output of shape {tuple(logits.shape)} for {tuple(batch.shape)}; expected {expected}"
         )
@@ -64,11 +64,11 @@ OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory") 
 
 
 def predict_probabilities(
-    network: Callable,  # (N, C, h, w) float to (N, 1, h, w) logits
+    network: Callable,  # (N, C, h, w) float to (N, 1 or 2, h, w) logits
     images: np.ndarray,  # (N, C, h, w) uint8: RGB 0..255, then nucleus 0/1 where C is 4
     flips: bool = False,  # mean over the four mirror images
     pixels: int | None = None,  # limit of one call, at least one image; None takes `call_pixels`
-) -> np.ndarray:  # (N, h, w) float32, 0..1
+) -> np.ndarray:  # (N, 1 or 2, h, w) float32, 0..1: as many maps as the network gives
     "Predict the probabilities of pictures or crops, in batches that are halved when memory runs out."
     views = [(k, axes) for k in range(len(images)) for axes in (FLIPS if flips else FLIPS[:1])]
     count = max(1, (pixels or call_pixels(network)) // (images.shape[2] * images.shape[3]))
@@ -84,7 +84,9 @@ def predict_probabilities(
             count = len(part) // 2
             warnings.warn(f"memory is too small for {len(part)} at once; going on with {count}", stacklevel=2)
             continue
+        if start == 0:
+            total = np.zeros((len(images), *probabilities.shape[1:]), np.float32)
         for (k, axes), probability in zip(part, probabilities):
             total[k] += np.flip(probability, axes)
         start += len(part)
-    return total[:, 0] / (len(FLIPS) if flips else 1)
+    return total / (len(FLIPS) if flips else 1)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'FORMAT_VERSION', 'check_input', 'check_activation', 'UNet', 'count_parameters', 'AttentionDecoder',
-           'AttentionDeepLabV3Plus', 'build_network', 'channels_last', 'save_network', 'load_network']
+           'FineHead', 'AnnotationHead', 'AttentionDeepLabV3Plus', 'build_network', 'channels_last', 'save_network',
+           'load_network']
 
 # %% ../nbs/27_models.ipynb #462334e7
 import json
@@ -131,6 +132,56 @@ class AttentionDecoder(nn.Module):
         mixed = F.interpolate(mixed, size=low_level.shape[-2:], mode="bilinear", align_corners=True)
         return self.last(self.merge(torch.cat([mixed, low_level], 1)))
 
+# %% ../nbs/27_models.ipynb #8f5a32c0
+class FineHead(nn.Module):
+    "From a map at a quarter of the crop's size to logits at half its size."
+
+    def __init__(
+        self,
+        channels: int,  # of the decoder's map
+        encoder_channels: int,  # of the encoder's map at stride 2
+        in_channels: int,  # of the crop
+        classes: int,
+        width: int = 16,  # channels of the two separable convolutions
+    ):
+        super().__init__()
+        self.refine = nn.Sequential(
+            separable(channels + encoder_channels + in_channels, width), separable(width, width)
+        )
+        self.logits = nn.Conv2d(width, classes, 1)
+
+    def forward(
+        self,
+        decoded: torch.Tensor,  # (N, channels, H / 4, W / 4)
+        encoded: torch.Tensor,  # (N, encoder_channels, H / 2, W / 2)
+        images: torch.Tensor,  # (N, in_channels, H, W)
+    ) -> torch.Tensor:  # (N, classes, H / 2, W / 2)
+        "Predict at half the crop's size."
+        decoded = F.interpolate(decoded, size=encoded.shape[-2:], mode="bilinear", align_corners=False)
+        return self.logits(self.refine(torch.cat([decoded, encoded, F.avg_pool2d(images, 2)], 1)))
+
+
+class AnnotationHead(nn.Module):
+    "One logit per crop: would the marked cell be annotated?"
+
+    def __init__(
+        self,
+        channels: int,  # of the encoder's last map
+        width: int = 64,  # of the hidden layer
+    ):
+        super().__init__()
+        self.judge = nn.Sequential(nn.Linear(2 * channels, width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 1))
+
+    def forward(
+        self,
+        features: torch.Tensor,  # (N, channels, h, w), the encoder's last map
+        nucleus: torch.Tensor,  # (N, 1, H, W), 1 on the nucleus, 0 elsewhere
+    ) -> torch.Tensor:  # (N, 1)
+        "Judge the cell by its nucleus and by what surrounds it."
+        weight = F.interpolate(nucleus, size=features.shape[-2:], mode="area")
+        inside = (features * weight).sum((2, 3)) / (weight.sum((2, 3)) + 1e-3)
+        return self.judge(torch.cat([inside, features.mean((2, 3))], 1))
+
 # %% ../nbs/27_models.ipynb #da329f2d
 class AttentionDeepLabV3Plus(SegmentationModel):
     "Attention DeepLabv3+ on any smp encoder that runs at output stride 16: a map of the input's size."
@@ -144,20 +195,27 @@ class AttentionDeepLabV3Plus(SegmentationModel):
         in_channels: int = 4,  # RGB and the nucleus' mask
         classes: int = 1,  # maps that come out
         paper_head: bool = False,  # two-channel layer, sigmoid before the last upsampling, as the authors' code
+        fine_head: bool = False,  # predict at half the crop's size instead of a quarter
+        annotation_head: bool = False,  # one more map, the same logit everywhere: would the cell be annotated?
         activation: str | None = None,  # None for logits, "sigmoid" for probabilities
     ):
         super().__init__()
         check_activation(activation)
         if decoder_channels < 4 or decoder_channels % 4:
             raise ValueError(f"decoder_channels = {decoder_channels}, allowed: a multiple of 4; the paper has 256")
+        if paper_head and (fine_head or annotation_head):
+            raise ValueError("paper_head is the authors' head and allows neither fine_head nor annotation_head")
         self.encoder = stride_16_encoder(encoder_name, in_channels, encoder_weights)
         self.decoder = AttentionDecoder(self.encoder.out_channels, decoder_channels, tuple(atrous_rates))
-        between = [conv_relu(decoder_channels // 4, 2)] if paper_head else []
-        self.segmentation_head = nn.Sequential(
-            *between, nn.Conv2d(2 if paper_head else decoder_channels // 4, classes, 1)
-        )
+        last, channels = decoder_channels // 4, self.encoder.out_channels
+        if fine_head:
+            self.segmentation_head = FineHead(last, channels[1], in_channels, classes)
+        else:
+            between = [conv_relu(last, 2)] if paper_head else []
+            self.segmentation_head = nn.Sequential(*between, nn.Conv2d(2 if paper_head else last, classes, 1))
+        self.annotation_head = AnnotationHead(channels[-1]) if annotation_head else None
         self.classification_head, self.name = None, f"attention-deeplabv3plus-{encoder_name}"
-        self.paper_head, self.activation = paper_head, activation
+        self.paper_head, self.fine_head, self.activation = paper_head, fine_head, activation
         self.config["encoder_weights"] = None  # a saved network carries its own
         init_like_keras(self.decoder)
         init_like_keras(self.segmentation_head)
@@ -165,14 +223,22 @@ class AttentionDeepLabV3Plus(SegmentationModel):
     def forward(
         self,
         images: torch.Tensor,  # (N, 4, H, W) float: RGB 0..1 and mask 0 or 1; H and W multiples of 16
-    ) -> torch.Tensor:  # (N, classes, H, W) logits or probabilities
+    ) -> torch.Tensor:  # (N, classes, H, W) logits or probabilities; with `annotation_head` (N, classes + 1, H, W)
         "Segment the marked cell of every crop."
         check_input(images, 16)
-        small = self.segmentation_head(self.decoder(self.encoder(images)))
+        features = self.encoder(images)
+        decoded = self.decoder(features)
+        small = self.segmentation_head(*([decoded, features[1], images] if self.fine_head else [decoded]))
         small = small.to(torch.promote_types(small.dtype, torch.float32))  # 16 bits can't hold a sigmoid near 1
         large = F.interpolate(
-            small.sigmoid() if self.paper_head else small, size=images.shape[-2:], mode="bilinear", align_corners=True
+            small.sigmoid() if self.paper_head else small,
+            size=images.shape[-2:],
+            mode="bilinear",
+            align_corners=not self.fine_head,
         )
+        if self.annotation_head is not None:
+            judged = self.annotation_head(features[-1], images[:, 3:4]).to(large.dtype)
+            large = torch.cat([large, judged[:, :, None, None].expand(-1, -1, *large.shape[-2:])], 1)
         if self.paper_head:
             return large if self.activation else torch.logit(large.double(), eps=1e-12).to(large.dtype)
         return large.sigmoid() if self.activation else large

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'SHIPPED', 'check_picture', 'nuclei_of_box', 'predict_regions', 'aggregate', 'select_step_by_step',
-           'PictureSegmenter', 'Segmenter', 'save_bundle', 'load_bundle']
+           'PictureSegmenter', 'Segmenter', 'save_bundle', 'read_bundle_config', 'named_min_score', 'load_bundle']
 
 # %% ../nbs/42_pipeline.ipynb #78425251
 import json
@@ -25,6 +25,7 @@ from segpc_nb.aggregation import (
     RegionProbability,
     accepts,
     fuse,
+    joined_score,
     keep_all,
     make_candidate,
     non_maximum_suppression,
@@ -76,7 +77,7 @@ def nuclei_of_box(
     small = resize_image(image[top:bottom, left:right], grid)
     small = equalize_histogram(small) if config.equalize else small
     stack = small.transpose(2, 0, 1)[None]  # (h,w,C) -> (1,C,h,w)
-    (probability,) = predict_probabilities(network, stack, flips, pixels)
+    ((probability,),) = predict_probabilities(network, stack, flips, pixels)
     min_area = config.min_nucleus_area * np.prod(config.nucleus_size) / np.prod(grid)
     numbers = config.split_nuclei, config.unlabeled, config.min_nucleus_score
     return find_nuclei(probability, config.nucleus_threshold, min_area, (bottom - top, right - left), *numbers)
@@ -91,14 +92,20 @@ def predict_regions(
     threshold: float = 0.5,  # a cell ends at this fraction of the probability on its nucleus
     flips: bool = False,  # mean over four mirror images
     pixels: int | None = None,  # of one call of the network, see `predict_probabilities`
+    score_weights: tuple[float, ...] = (),  # see `joined_score`; for networks with an annotation head
 ) -> list[Candidate]:  # one per nucleus
     "Predict the cell of every nucleus at one scale."
     crops, boxes = crop_regions(image, nuclei, scale, size)
-    probabilities = predict_probabilities(network, crops, flips, pixels)
-    return [
-        make_candidate(RegionProbability(nucleus, box, probability, image.shape[:2], scale, mask), threshold)
-        for nucleus, box, probability, mask in zip(nuclei, boxes, probabilities, crops[:, 3] > 0)
-    ]
+    candidates = []
+    for nucleus, box, maps, mask in zip(
+        nuclei, boxes, predict_probabilities(network, crops, flips, pixels), crops[:, 3] > 0
+    ):
+        annotated = float(maps[1].mean()) if len(maps) == 2 else None
+        judged = annotated is not None and score_weights
+        score = joined_score(nucleus.score, annotated, score_weights) if judged else None
+        region = RegionProbability(nucleus, box, maps[0], image.shape[:2], scale, mask, annotated, score)
+        candidates.append(make_candidate(region, threshold))
+    return candidates
 
 # %% ../nbs/42_pipeline.ipynb #9542e5ed
 def aggregate(
@@ -161,7 +168,7 @@ class Segmenter:
     def __init__(
         self,
         nucleus_network: Callable,  # (N, 3, h, w) float 0..1 to (N, 1, h, w) logits
-        cell_networks: dict[float, Callable],  # per scale: (N, 4, s, s) float to (N, 1, s, s) logits
+        cell_networks: dict[float, Callable],  # per scale: (N, 4, s, s) float to (N, 1 or 2, s, s) logits
         config: BundleConfig,
         pixels: int | None = None,  # limit of one call of a network, see `predict_probabilities`
     ):
@@ -233,7 +240,8 @@ class Segmenter:
     ) -> list[Cell]:  # one per nucleus, except by keep-all; id = number of the nucleus
         "Both stages and the aggregation."
         nuclei, config = self.nuclei(image, nucleus_px, pixel_um) if nuclei is None else nuclei, self.config
-        nuclei = [n for n in nuclei if select == "keep-all" or n.score >= config.min_score]  # a cell scores no higher
+        if select != "keep-all" and not config.score_weights:  # then no cell scores higher than its nucleus
+            nuclei = [nucleus for nucleus in nuclei if nucleus.score >= config.min_score]
         if select != "paper" or len(config.upper_ratios) != len(config.scales) - 1:
             return aggregate(self.candidates(image, nuclei), select, config)
         predict_scale = partial(self._at_scale, check_picture(image, config.equalize))
@@ -248,7 +256,7 @@ class Segmenter:
     def _at_scale(self, image, nuclei, position):
         config, scale = self.config, self.config.scales[position]
         numbers = scale, config.region_sizes[position], config.cell_threshold, config.flips, self.pixels
-        return predict_regions(self.cell_networks[scale], image, nuclei, *numbers)
+        return predict_regions(self.cell_networks[scale], image, nuclei, *numbers, config.score_weights)
 
 # %% ../nbs/42_pipeline.ipynb #30a1d8a4
 def save_bundle(
@@ -263,19 +271,17 @@ def save_bundle(
         save_network(network, folder / f"cytoplasm_{scale}", half)
     write_bytes(folder / "bundle.json", json.dumps(asdict(segmenter.config), indent=2).encode())
 
-
+# %% ../nbs/42_pipeline.ipynb #629e0931
 SHIPPED = Path(segpc_nb.__file__).parent / "bundle"  # the bundle that comes with the package
 
 
-def load_bundle(
+def read_bundle_config(
     folder: Path | None = None,  # from `save_bundle`; None for the bundle that comes with the package
-    device: str = "cpu",  # where the networks go: "auto", "cpu", "cuda", "cuda:1", "mps"
-) -> Segmenter:
-    "Read a segmenter from its folder."
+) -> BundleConfig:
+    "Read the numbers of a bundle, without its networks."
     folder = SHIPPED if folder is None else Path(folder)
-    device = resolve_device(device)
     try:
-        config = BundleConfig(**json.loads((folder / "bundle.json").read_text(encoding="utf-8")))
+        return BundleConfig(**json.loads((folder / "bundle.json").read_text(encoding="utf-8")))
     except OSError as error:
         raise ValueError(
             f"{folder} holds no bundle (no readable bundle.json); "
@@ -283,6 +289,27 @@ def load_bundle(
         ) from error
     except (json.JSONDecodeError, ValidationError, TypeError) as error:
         raise ValueError(f"{folder / 'bundle.json'} is not valid: {error}") from error
+
+
+def named_min_score(
+    folder: Path | None,  # of a bundle; None for the one that comes with the package
+    name: str,  # one of config.OPERATING_POINTS
+) -> float:  # 0..1
+    "The least score that a bundle knows by a name."
+    points = read_bundle_config(folder).operating_points
+    if name not in points:
+        where, known = folder or "the bundle of the package", ", ".join(points) or "none"
+        raise ValueError(f"operating point {name!r}: {where} has {known}; give the least score as a number instead")
+    return points[name]
+
+# %% ../nbs/42_pipeline.ipynb #ea398895
+def load_bundle(
+    folder: Path | None = None,  # from `save_bundle`; None for the bundle that comes with the package
+    device: str = "cpu",  # where the networks go: "auto", "cpu", "cuda", "cuda:1", "mps"
+) -> Segmenter:
+    "Read a segmenter from its folder."
+    device, config = resolve_device(device), read_bundle_config(folder)
+    folder = SHIPPED if folder is None else Path(folder)
     networks = {scale: load_network(folder / f"cytoplasm_{scale}", logits=True).to(device) for scale in config.scales}
     return Segmenter(load_network(folder / "nucleus", logits=True).to(device), networks, config)
 

@@ -38,7 +38,9 @@ def validate(
             logits = network(images)
         logits = logits.float()
         classes = target.dtype == torch.int64
-        predicted, true = (logits.argmax(1), target) if classes else ((logits > 0).long(), (target > 0.5).long())
+        predicted, true = (
+            (logits.argmax(1), target) if classes else ((logits.amin(1, True) > 0).long(), (target > 0.5).long())
+        )
         common = ((predicted == true) & (true > 0)).sum()
         joint = ((predicted > 0) | (true > 0)).sum()
         sums += torch.stack([loss(logits, target) * len(images), common.new_tensor(len(images)), common, joint])
@@ -98,6 +100,6 @@ def write_strip(
     logits = network.eval()(images.to(accelerator.device)).float().cpu()
     classes = targets.dtype == torch.int64
     found, true = (
-        (1 - logits.softmax(1)[:, 0], targets > 0) if classes else (logits[:, 0].sigmoid(), targets[:, 0] > 0.5)
+        (1 - logits.softmax(1)[:, 0], targets > 0) if classes else (logits.amin(1).sigmoid(), targets[:, 0] > 0.5)
     )
     write_image(path, sample_strip(images[:, :3].numpy(), true.numpy(), (found > 0.5).numpy()))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DONE', 'train_network', 'sample_files', 'check_nuclei', 'nucleus_segmenter', 'write_nuclei', 'train_nucleus',
-           'region_datasets', 'train_cytoplasm']
+           'balanced', 'region_datasets', 'train_cytoplasm']
 
 # %% ../nbs/45_recipes.ipynb #e4a8ce9b
 import json
@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from .augmentation import picture_augmentation, region_augmentation
 from .config import RunOptions, TrainConfig
@@ -142,6 +143,16 @@ def train_nucleus(
     return trained["main"]
 
 # %% ../nbs/45_recipes.ipynb #ea85836a
+def balanced(
+    regions: CellRegions,
+) -> Dataset:  # each crop without an annotated cell once, the others as often as it takes
+    "Repeat the crops with an annotated cell until they are about half."
+    annotated = np.array([bool(crop[4].any()) for crop in regions.crops])
+    here, elsewhere = np.flatnonzero(annotated), np.flatnonzero(~annotated)
+    times = max(1, round(len(elsewhere) / max(1, len(here))))
+    return Subset(regions, [*elsewhere.tolist(), *np.repeat(here, times).tolist()])
+
+
 def region_datasets(
     config: TrainConfig,
     split: Split,
@@ -149,13 +160,14 @@ def region_datasets(
     nuclei: dict,  # predicted nuclei of each picture
     jittered: bool,  # train on jittered true nuclei instead
     cache: Path | None = None,  # folder that keeps the crops; None keeps them in memory
-) -> tuple[CellRegions, CellRegions]:  # for training and for validation
+) -> tuple[Dataset, CellRegions]:  # for training and for validation
     "The crops of one scale."
     augment = region_augmentation(config.size[0], elastic=config.elastic) if config.augment else None
     options = RegionOptions(scale, config.size[0], true_nuclei=config.true_nuclei, equalize=config.equalize)
     source = replace(options, jitter=jittered, missed=not jittered)
     train_set = CellRegions(split.train, None if jittered else nuclei, source, augment, cache)
-    return train_set, CellRegions(split.valid, nuclei, options, None, cache)
+    valid_set = CellRegions(split.valid, nuclei, options, None, cache)
+    return balanced(train_set) if config.balance else train_set, valid_set
 
 # %% ../nbs/45_recipes.ipynb #4d020c01
 def train_cytoplasm(

@@ -217,7 +217,7 @@ class ReleasedSegmenter:
         "Stage one, on the picture as it is."
         small = cv2.resize(check_picture(image), (NUCLEUS_SIZE, NUCLEUS_SIZE), interpolation=cv2.INTER_LINEAR)
         stack = np.ascontiguousarray(small.transpose(2, 0, 1))[None]  # (H,W,C) -> (1,C,H,W)
-        (probability,) = predict_probabilities(self.nucleus_network, stack)
+        ((probability,),) = predict_probabilities(self.nucleus_network, stack)
         return released_nuclei(probability, image.shape[:2])
 
     def regions(
@@ -238,7 +238,7 @@ class ReleasedSegmenter:
             return []
         crops = np.stack([region.crop for region in regions]).transpose(0, 3, 1, 2).copy()  # (N,H,W,C) -> (N,C,H,W)
         crops[:, 3] //= 255
-        return list(predict_probabilities(self.cell_networks[regions[0].scale], crops))
+        return list(predict_probabilities(self.cell_networks[regions[0].scale], crops)[:, 0])
 
     def numbered(
         self,

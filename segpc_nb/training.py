@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
 import pandas as pd
@@ -76,10 +76,9 @@ def load_state(
     if not path.exists():
         return {}
     state = load_checkpoint(path)
-    here, there = (
-        json.loads(json.dumps(asdict(config))) | {"data": data},
-        json.loads(state["config"]) | {"data": state["data"]},
-    )
+    here = json.loads(json.dumps(asdict(config))) | {"data": data}
+    later = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}  # fields of newer versions
+    there = later | json.loads(state["config"]) | {"data": state["data"]}
     differ = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     if differ:
         found = ", ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} now" for name in differ)

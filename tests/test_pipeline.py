@@ -273,8 +273,43 @@ def test_mirror_images_may_fall_into_different_calls(at_once):
     found = predict_probabilities(
         lambda batch: sizes.append(len(batch)) or network(batch), images, True, at_once * 12 * 9
     )
-    assert np.allclose(found, torch.stack(views).mean(0)[:, 0], atol=1e-6)
+    assert np.allclose(found, torch.stack(views).mean(0), atol=1e-6)
     assert sum(sizes) == 20 and max(sizes) == min(at_once, 20)
+
+
+class Judge(torch.nn.Module):
+    "Everything is cell; annotated is what is dark in the middle of its crop."
+
+    def __init__(self):
+        super().__init__()
+        self.annotation_head = torch.nn.Identity()
+
+    def forward(self, crops):
+        middle = crops[:, :3, 18:-18, 18:-18].mean((1, 2, 3))
+        return torch.stack([crops[:, 0] * 0 + 9, (6 - 30 * middle)[:, None, None].expand(crops[:, 0].shape)], 1)
+
+
+def test_the_annotation_head_decides_the_score_and_not_the_outline():
+    image = np.full((96, 128, 3), 230, np.uint8)
+    image[30:50, 20:40], image[30:50, 80:100] = 20, 70
+    config = replace(CONFIG, scales=(1.75,), region_sizes=(48,), upper_ratios=(), min_score=0.3)
+    config = replace(config, score_weights=(0.0, 0.0, 1.0))
+    segmenter = Segmenter(dark_is_nucleus, {1.75: Judge()}, config)
+    nuclei = [
+        replace(nucleus, score=0.01) for nucleus in segmenter.nuclei(image, "field")
+    ]  # below min_score, which a judged cell may exceed
+    assert len(nuclei) == 2
+    (dark,), (light,) = segmenter.candidates(image, nuclei)
+    assert dark.annotated > 0.9 and light.annotated < dark.annotated
+    assert dark.cell.score == dark.score and np.isclose(dark.score, dark.annotated, atol=1e-3)
+    assert abs(dark.cell.area - light.cell.area) <= 8  # the outline does not depend on the answer
+    kept = segmenter.segment(image, nuclei=nuclei)
+    assert [cell.id for cell in kept] == [cell.id for cell in (dark.cell, light.cell) if cell.score >= 0.3]
+    segmenter.config = replace(config, score_weights=(0.0, 1.0, 0.0))  # now stage one alone decides
+    assert np.allclose([c.cell.score for (c,) in segmenter.candidates(image, nuclei)], 0.01, atol=1e-6)
+    segmenter.config = replace(config, score_weights=())  # not fitted: as without the head
+    assert all(c.cell.score <= 0.01 for (c,) in segmenter.candidates(image, nuclei))
+    assert segmenter.segment(image, nuclei=nuclei) == []
 
 
 def test_a_bundle_read_again_gives_the_same_cells(tmp_path):
