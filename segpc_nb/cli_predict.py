@@ -105,11 +105,14 @@ def predict(
 # %% ../nbs/63_cli_predict.ipynb #527130f6
 def read_predictions(
     pred: Path,  # folder of `predict`, or any folder that holds y/
+    min_score: float = 0.0,  # cells with a lower score are left out, 0..1
 ) -> tuple[dict, dict, dict]:  # cells and (H, W) of each picture, those without cells too; file names, where known
     "Read a folder of predictions, with the pictures in which nothing was found."
     from segpc_nb.journal import read_journal
     from segpc_nb.results import read_results
 
+    if not 0 <= min_score <= 1:
+        raise ValueError(f"--min-score {min_score}: allowed are 0 to 1")
     journal = read_journal(pred)
     nothing_found = journal and not (Path(pred) / "y").is_dir()
     cells, shapes = ({}, {}) if nothing_found else read_results(pred)
@@ -117,12 +120,14 @@ def read_predictions(
         if "shape" in entry and not entry["slide"]:
             cells.setdefault(id, [])
             shapes.setdefault(id, tuple(entry["shape"]))
+    cells = {id: [cell for cell in members if cell.score >= min_score] for id, members in cells.items()}
     return cells, shapes, {id: os.path.basename(entry["path"]) for id, entry in journal.items() if "path" in entry}
 
-
+# %% ../nbs/63_cli_predict.ipynb #3ca792b4
 def comparable(
     truth: Path,  # folder that holds y/ with the annotation
     pred: Path,  # folder of `predict`
+    min_score: float = 0.0,  # cells with a lower score are left out, 0..1
 ) -> tuple[dict, dict, dict, dict]:  # annotated cells, predicted cells, (H, W) of each picture; what was left out
     "Annotated and predicted cells of the pictures that have both; a picture without annotation judges nobody."
     from segpc_nb.images import picture_id
@@ -130,7 +135,7 @@ def comparable(
     from segpc_nb.journal import read_journal
     from segpc_nb.results import read_results
 
-    (annotated, shapes), (found, found_shapes, _) = read_results(truth), read_predictions(pred)
+    (annotated, shapes), (found, found_shapes, _) = read_results(truth), read_predictions(pred, min_score)
     known = annotated.keys() | {
         picture_id(path) for path in picture_files(Path(truth) / "x")
     }  # x may hold empty pictures
@@ -168,12 +173,13 @@ def evaluate(
     truth: Path,  # folder that holds y/ with the annotation
     pred: Path,  # folder that holds y/ with the prediction, and cells.csv
     as_annotated: bool = False,  # compare nuclei where the annotation of SegPC-2021 draws them, see label_shift
+    min_score: float = 0.0,  # leave out cells with a lower score, 0..1; nothing is predicted again
 ) -> dict:  # as `metrics.evaluate_cells`, None for what is not defined; and the pictures that were left out
     "All scores of a folder of predictions."
     from segpc_nb import label_shift
     from segpc_nb.metrics import evaluate_cells
 
-    annotated, found, shapes, left_out = comparable(truth, pred)
+    annotated, found, shapes, left_out = comparable(truth, pred, min_score)
     if as_annotated:
         found = {id: label_shift.as_annotated(cells, id, shapes[id][1]) for id, cells in found.items()}
     return plain(evaluate_cells(annotated, found, shapes)) | {"left_out": left_out}
@@ -201,12 +207,13 @@ def submit(
     pred: Path,  # folder of predictions
     out: Path,  # submission.zip or submission.txt
     as_annotated: bool = False,  # put nuclei where the annotation of SegPC-2021 draws them, see label_shift
+    min_score: float = 0.0,  # leave out cells with a lower score, 0..1; nothing is predicted again
 ) -> None:
     "Write a folder of predictions as a submission to the challenge."
     from segpc_nb import label_shift
     from segpc_nb.submission import write_submission
 
-    cells, shapes, _ = read_predictions(pred)
+    cells, shapes, _ = read_predictions(pred, min_score)
     if not any(cells.values()):
         raise ValueError(f"{Path(pred) / 'y'} holds no mask, so there is nothing to hand in; run `segpc predict` first")
     if as_annotated:
@@ -287,13 +294,14 @@ def report(
     truth: Path | None = None,  # folder that holds y/ with the annotation, for scores
     title: str = "Plasma cells",  # head of the page
     pixel_size: float | None = None,  # side of a pixel, um, for areas in um2
+    min_score: float = 0.0,  # leave out cells with a lower score, 0..1; nothing is predicted again
 ) -> Path:  # the file
     "Show a folder of predictions as one HTML page."
     from segpc_nb.journal import read_journal
     from segpc_nb.report import write_report
 
     check_pixel_size(pixel_size)
-    cells, shapes, _ = read_predictions(pred)
+    cells, shapes, _ = read_predictions(pred, min_score)
     annotated = comparable(truth, pred)[0] if truth else None
     files = predicted_pictures(pred, pictures, shapes)
     shown = ((id, read_predicted(path, shapes[id]), cells[id]) for id, path in files.items())
@@ -302,6 +310,7 @@ def report(
         "predictions": str(pred),
         "pictures": len(files),
         "annotation": str(truth) if truth else None,
+        "least score shown": min_score or None,
         "predicted by": [*ways.values()],
     }
     write_report(out, shown, annotated, title, how, pixel_size)
@@ -314,6 +323,7 @@ def export(
     out: Path,  # file for coco and table, folder for geojson and labels
     pictures: list[Path] | None = None,  # pictures, or folders of pictures, to measure shape and stain in
     pixel_size: float | None = None,  # side of a pixel, um, for areas in um2
+    min_score: float = 0.0,  # leave out cells with a lower score, 0..1; nothing is predicted again
 ) -> list[Path]:  # the files
     "Write a folder of predictions in another program's format."
     from segpc_nb.interchange import export_cells
@@ -321,6 +331,6 @@ def export(
     check_pixel_size(pixel_size)
     if Path(out).name == "cells.csv" and (Path(out).parent / "y").is_dir():
         raise ValueError(f"{out} belongs to the folder of predictions; choose another name for the table")
-    cells, shapes, names = read_predictions(pred)
+    cells, shapes, names = read_predictions(pred, min_score)
     images = PicturesOnDemand(predicted_pictures(pred, pictures, shapes), shapes) if pictures else None
     return export_cells(to, Path(out), cells, shapes, images, pixel_size, names)
