@@ -45,7 +45,7 @@ from segpc_nb.journal import (
 )
 from .pipeline import SHIPPED, PictureSegmenter, load_bundle
 from .released import load_released
-from .results import cells_table, write_masks
+from .results import DERIVED, cells_table, write_masks
 from .slides import Slide, pixel_size, read_any
 
 # %% ../nbs/52_batch.ipynb #a764e30d
@@ -174,7 +174,8 @@ def write_prediction(
         write_masks(Path(out) / "y", id, cells, shape)
     about = {"picture": id, "path": os.path.abspath(picture.path), "content": picture.content, "shape": list(shape)}
     how = {"key": options.key, "way": options.words, "slide": large}
-    return about | how | {"cells": cells_table({id: cells}, {id: shape}).to_dict("records")}
+    table = cells_table({id: cells}, {id: shape}).drop(columns=list(DERIVED))
+    return about | how | {"cells": table.to_dict("records")}
 
 # %% ../nbs/52_batch.ipynb #40f4f5ab
 @dataclass(frozen=True)

@@ -66,6 +66,12 @@ class Cell:
         nucleus = np.count_nonzero(self.nucleus)
         return float(np.count_nonzero(self.cytoplasm) / nucleus) if nucleus else float("inf")
 
+    @property
+    def nc_ratio(self) -> float:  # 0 or more; inf without cytoplasm
+        "The N:C ratio of the clinic: area of the nucleus divided by that of the cytoplasm."
+        cytoplasm = np.count_nonzero(self.cytoplasm)
+        return float(np.count_nonzero(self.nucleus) / cytoplasm) if cytoplasm else float("inf")
+
 # %% ../nbs/01_cells.ipynb #83d37f27
 def cell_from_parts(
     id: int,  # number within its picture

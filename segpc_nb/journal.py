@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from .files import write_bytes
 from .images import PictureError, natural_key
-from .results import COLUMNS, cells_table, read_cells_csv, write_cells_csv
+from .results import COLUMNS, DERIVED, cells_table, read_cells_csv, with_nc_ratio, write_cells_csv
 
 # %% ../nbs/50_journal.ipynb #43250350
 JOURNAL = "predicted.jsonl"
@@ -62,7 +62,7 @@ def is_entry(
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), kind) for name, kind in kinds.items()):
         return False
     rows = entry["cells"]
-    numbers = [name for name in COLUMNS if name not in ("picture", "touches_border")]
+    numbers = [name for name in COLUMNS if name not in ("picture", "touches_border", *DERIVED)]
     return all(
         isinstance(row, dict)
         and row.get("picture") == entry["picture"]
@@ -188,6 +188,7 @@ def write_results_table(
 ) -> None:
     "Make cells.csv of the journal and of what was there before."
     rows = pd.DataFrame([row for entry in journal.values() for row in entry["cells"]], columns=earlier.columns)
+    rows = with_nc_ratio(rows)
     parts = [part for part in (earlier[~earlier.picture.isin(list(journal))], rows) if len(part)] or [earlier[:0]]
     table = pd.concat(parts)
     table = table.iloc[sorted(range(len(table)), key=lambda k: (natural_key(table.picture.iloc[k]), table.id.iloc[k]))]

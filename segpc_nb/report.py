@@ -20,6 +20,7 @@ from .cells import Cell, iou_table
 from .files import write_bytes
 from .interchange import polygons
 from .metrics import SCORE_NAMES, evaluate_cells
+from .results import MAX_NC_RATIO
 
 # %% ../nbs/54_report.ipynb #7ae2f024
 PREVIEW = 1024  # longest side of a picture in the report, px
@@ -74,7 +75,8 @@ def cell_entry(
     rest = {
         "score": None if math.isnan(cell.score) else float(cell.score),
         "scale": float(cell.scale),
-        "nc": nucleus / cytoplasm if cytoplasm else None,
+        "nc": cell.nc_ratio if cytoplasm else None,
+        "doubtful": not cell.nc_ratio <= MAX_NC_RATIO,
         "iou": iou,
     }
     return {"k": k, "uncertain": bool(cell.score < UNCERTAIN)} | areas | outlines | place | rest
