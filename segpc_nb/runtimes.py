@@ -142,6 +142,7 @@ class OnnxRuntimeNetwork:
         runtime = import_runtime("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3  # errors only
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait sleep
         self.session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:  # (N, C, h, w) float32 to (N, 1, h, w) float32 logits
