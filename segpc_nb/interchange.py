@@ -24,7 +24,7 @@ from .cells import Cell
 from .config import ExportFormat
 from .files import atomic_path, write_bytes
 from .plots import outlines
-from .results import cells_table
+from .results import cells_table, csv_bytes
 
 # %% ../nbs/51_interchange.ipynb #29476496
 CATEGORIES = (
@@ -225,7 +225,7 @@ def export_table(
                 f"{path}: writing parquet needs pyarrow; pip install pyarrow, or choose a name that ends with .csv"
             ) from error
     elif Path(path).suffix == ".csv":
-        content = table.to_csv(index=False, lineterminator="\n").encode()
+        content = csv_bytes(table)
     else:
         raise ValueError(f"{path}: suffix {Path(path).suffix!r}, allowed: .csv, .parquet")
     write_bytes(path, content)

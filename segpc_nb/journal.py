@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from .files import write_bytes
 from .images import PictureError, natural_key
-from .results import COLUMNS, DERIVED, cells_table, read_cells_csv, with_nc_ratio, write_cells_csv
+from .results import COLUMNS, DERIVED, cells_table, csv_bytes, read_cells_csv, with_nc_ratio, write_cells_csv
 
 # %% ../nbs/50_journal.ipynb #43250350
 JOURNAL = "predicted.jsonl"
@@ -192,4 +192,4 @@ def write_results_table(
     parts = [part for part in (earlier[~earlier.picture.isin(list(journal))], rows) if len(part)] or [earlier[:0]]
     table = pd.concat(parts)
     table = table.iloc[sorted(range(len(table)), key=lambda k: (natural_key(table.picture.iloc[k]), table.id.iloc[k]))]
-    write_bytes(Path(out) / "cells.csv", table.to_csv(index=False, lineterminator="\n").encode())
+    write_bytes(Path(out) / "cells.csv", csv_bytes(table))
