@@ -108,16 +108,43 @@ def speed_table() -> str:
     return table(["what", "measured"], rows)
 
 
-def crops_text() -> str:
+def crops_text(run: dict) -> str:
     "How often each scale is asked."
-    crops = load("benchmarks/speed")["crops asked"]
-    first, *others = (crops[scale] for scale in ("0.5", "1.75", "2.6", "3.0"))
+    asked, ratios = run["asked"], run["chosen"]["upper_ratios"]
+    scales = [scale for scale in asked if scale != "nuclei"]
+    counts = ", ".join(f"{asked[scale]} at {scale}" for scale in scales)
+    crops = sum(asked[scale] for scale in scales) / (asked["nuclei"] * len(scales))
+    limits = ", ".join(f"{ratio:.2f} at {scale}" for scale, ratio in zip(scales, ratios))
     return (
-        f"Stage one finds {crops['nuclei']} nuclei of any score in the 298 pictures. The paper's selection asks about "
-        f"{others[0]} of them\nat scale 1.75, {others[1]} at 2.6, {others[2]} at 3.0 and {first} at 0.5, "
-        f"{crops['of all']:.0%} of all crops. The default bundle never keeps scale 0.5:\n"
-        "its upper ratio, fitted on validation pictures, is -1 (`upper_ratios[0]` in `bundle.json`)."
+        f"Stage one finds {asked['nuclei']} nuclei in the held-out pictures, and the paper's selection needs crops for "
+        f"{counts}:\n{crops:.0%} of all. Upper ratios, fitted on validation pictures: {limits}. "
+        "A scale with -1 is never kept."
     )
+
+
+def operating_table(run: dict) -> str:
+    "What each operating point reaches."
+    names = ("recall", "precision", "f1", "official", "pq")
+    rows = [
+        [name, f"{scores['least score']:.3f}", *(f"{scores[key]:.3f}" for key in names)]
+        for name, scores in run["operating_points"].items()
+    ]
+    return table(["`--operating-point`", "least score", *(SCORE_NAMES[key] for key in names)], rows)
+
+
+def annotated_table(run: dict, methods: tuple[str, ...]) -> str:
+    "Nucleus and cytoplasm IoU where the networks see them, and where the annotation draws them."
+    rows = []
+    for method in methods:
+        row = [method]
+        for key in ("nucleus_iou", "cytoplasm_iou"):
+            there = run["as_annotated"][method][key]
+            row += [
+                f"{run['methods'][method][key]:.3f}",
+                f"{there['mean']:.3f} [{there['ci'][0]:.3f}, {there['ci'][1]:.3f}]",
+            ]
+        rows.append(row)
+    return table(["method", "nucleus IoU", "as annotated", "cytoplasm IoU", "as annotated"], rows)
 
 
 def results_page() -> str:
@@ -132,7 +159,10 @@ def results_page() -> str:
             nuclei=nuclei_table(light),
             synthetic=scores_table(smoke),
             speed=speed_table(),
-            crops=crops_text(),
+            crops=crops_text(light),
+            operating=operating_table(light),
+            annotated_places=annotated_table(light, ("paper", "fusion", "keep-all")),
+            calibration=light["calibration_error"],
             paper=methods["paper"],
             yardstick=methods["yardstick: one network + watershed"],
             smoke=smoke["methods"]["paper"],

@@ -267,6 +267,7 @@ SCORE_NAMES = {  # as people know them, in the order of tables
     "official": "official",
     "pq": "PQ",
     "ap50": "AP50",
+    "ap": "AP",
     "f1": "F1",
     "recall": "recall",
     "precision": "precision",
