@@ -126,13 +126,19 @@ def zero_outside(
     return probability * (rows[:, None] & columns[None])
 
 # %% ../nbs/29_aggregation.ipynb #78253e3f
+def _score_of(region: RegionProbability, probability: np.ndarray, mask: np.ndarray) -> float:
+    "The score that both stages gave, or that of the mask."
+    return cell_score(probability, mask, region.nucleus.score) if region.score is None else region.score
+
+
 def _cell_of_enlarged(region: RegionProbability, threshold: float) -> Cell:
     "Bring the probability to the picture's pixels, then cut it."
     probability, box = paste_region(region.probability, region.box, region.shape)
     nucleus = window(region.nucleus, box)[0]
     mask = clean_cell(probability > cell_level(probability, nucleus, threshold), nucleus)
-    score = cell_score(probability, mask, region.nucleus.score) if region.score is None else region.score
-    return cell_from_parts(region.nucleus.id, box, nucleus, mask, scale=region.scale, score=score)
+    return cell_from_parts(
+        region.nucleus.id, box, nucleus, mask, scale=region.scale, score=_score_of(region, probability, mask)
+    )
 
 
 def _cell_of_shrunk(region: RegionProbability, threshold: float) -> Cell:
@@ -148,8 +154,7 @@ def _cell_of_shrunk(region: RegionProbability, threshold: float) -> Cell:
     surface = signed_surface(probability[rows, columns] - level, mask[rows, columns])
     surface, box = stretch_window(surface, (rows.start, columns.start), grid, region.box, region.shape)
     nucleus = window(region.nucleus, box)[0]
-    whole = component_of_nucleus(surface > 0, nucleus)
-    score = cell_score(probability, mask, region.nucleus.score) if region.score is None else region.score
+    whole, score = component_of_nucleus(surface > 0, nucleus), _score_of(region, probability, mask)
     return cell_from_parts(region.nucleus.id, box, nucleus, whole, scale=region.scale, score=score)
 
 
