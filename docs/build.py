@@ -152,7 +152,7 @@ def write_pages(
     "All pages: those of docs/, the notebooks, the gallery and one per module."
     shutil.copytree(docs, out, ignore=shutil.ignore_patterns("*.py", "*.in", "_static", "__pycache__"))
     shutil.copytree(root / "nbs" / "images", out / "nbs" / "images")
-    for folder in ("nbs/runs", "api", "thumbnails"):
+    for folder in ("nbs/runs", "nbs/studies", "api", "thumbnails"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     reading = out / "reading.md"  # its links work in the repository too
     reading.write_text(reading.read_text(encoding="utf-8").replace("](../nbs/", "](nbs/"), encoding="utf-8")
@@ -160,7 +160,8 @@ def write_pages(
     for path in [
         root / "nbs" / "index.ipynb",
         *sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb")),
-        *sorted((root / "nbs" / "runs").glob("*.ipynb")),
+        *sorted((root / "nbs").glob("runs/*.ipynb")),
+        *sorted((root / "nbs").glob("studies/*.ipynb")),
     ]:
         kept = root / "results" / "benchmarks" / path.name  # a benchmark as it ran
         page, title, figures = notebook_page(kept if kept.exists() else path)

@@ -20,7 +20,8 @@ root = Path(__file__).parent.parent
 notebooks = [
     root / "nbs" / "index.ipynb",
     *sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb")),
-    *sorted((root / "nbs" / "runs").glob("*.ipynb")),
+    *sorted((root / "nbs").glob("runs/*.ipynb")),
+    *sorted((root / "nbs").glob("studies/*.ipynb")),
 ]
 modules = sorted(path.stem for path in (root / "segpc_nb").glob("[a-z]*.py"))
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -10,7 +10,7 @@ import pytest
 
 root = Path(__file__).parent.parent
 chapters = sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb"))
-runs = sorted((root / "nbs" / "runs").glob("*.ipynb"))
+runs = sorted([*(root / "nbs").glob("runs/*.ipynb"), *(root / "nbs").glob("studies/*.ipynb")])
 modules = sorted(path for path in (root / "segpc_nb").glob("*.py") if not path.name.startswith("_"))
 
 
