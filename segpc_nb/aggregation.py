@@ -308,16 +308,19 @@ def fit_upper_ratios(
     pictures: list[list[list[Candidate]]],  # per picture and nucleus, scales ascending
     truths: list[list[Cell]],  # the annotation of each picture
     steps: int = 12,  # values tried per scale
+    tolerance: float = 0.001,  # official score that fewer crops may cost
 ) -> tuple[tuple[float, ...], float]:  # one upper ratio per scale except the last, and their official score
-    "Find the upper ratios with the highest official score; -1 skips a scale."
+    "Find the upper ratios that predict the fewest crops at the highest official score; -1 skips a scale."
     ratios, pairs, overlaps, n_cells = _pairs(pictures, truths)
     starts = np.flatnonzero(np.diff(pairs[:, 0], prepend=-1))
     grid = [np.unique([-1.0, *np.quantile(column, np.linspace(0, 1, steps))])[::-1] for column in ratios.T[:-1]]
-    best, best_score = None, -1.0
+    trials = []
     for upper in product(*grid):
         refused = (ratios[:, :-1] > upper).cumprod(1).sum(1)  # how many scales were refused before one was accepted
         values = overlaps[np.arange(len(pairs)), refused[pairs[:, 1]]]
         score = np.maximum.reduceat(values, starts).sum() / n_cells if len(pairs) else 0.0
-        if score > best_score:
-            best, best_score = tuple(map(float, upper)), float(score)
-    return best, best_score
+        crops = (np.cumsum(np.append(np.array(upper) >= 0, True))[refused]).sum()  # scales predicted per nucleus
+        trials.append((float(score), -int(crops), tuple(map(float, upper))))
+    enough = max(trials)[0] - tolerance
+    score, _, upper = max((t for t in trials if t[0] >= enough), key=lambda trial: (trial[1], trial[0]))
+    return upper, score

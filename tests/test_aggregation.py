@@ -122,13 +122,23 @@ def test_the_component_of_the_nucleus_wins_over_a_larger_one():
     assert kept[:, :12].sum() == 64 and not kept[:, 12:].any()
 
 
+def test_crops_that_gain_nothing_are_not_predicted():
+    rng = np.random.default_rng(4)
+    picture = noisy_candidates(rng, 6)
+    last = [scales[-1].cell for scales in picture]
+    assert fit_upper_ratios([picture], [last]) == ((-1.0, -1.0, -1.0), 1.0)
+    truth = [scales[rng.integers(0, 4)].cell for scales in picture]
+    alone = [iou_table(truth, single_scale(picture, k)).max(1).mean() for k in range(4)]
+    assert fit_upper_ratios([picture], [truth], tolerance=1)[1] == pytest.approx(max(alone))  # one crop per nucleus
+
+
 def test_fitted_ratios_equal_an_exhaustive_search_through_the_rule_itself():
     rng = np.random.default_rng(3)
     pictures = [noisy_candidates(rng, 4, PAPER_SCALES[:3]) for _ in range(3)] + [[]]
     truths = [[scales[rng.integers(0, 3)].cell for scales in picture[:3]] for picture in pictures[:3]] + [
         [nucleus_at(1, 20, 20, 5)]
     ]
-    upper, score = fit_upper_ratios(pictures, truths, steps=5)
+    upper, score = fit_upper_ratios(pictures, truths, steps=5, tolerance=0)
     n_cells = sum(map(len, truths))
 
     def official(upper):
