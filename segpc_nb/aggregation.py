@@ -93,7 +93,9 @@ class RegionProbability:
     shape: tuple[int, int]  # (H, W) of the picture
     scale: float = 0.0  # of the crop; 0 for a mean of several scales
     grid_nucleus: np.ndarray | None = None  # (h, w) bool, the nucleus on the same grid; None computes it
-    annotated: float | None = None  # what the network answers to "would this cell be annotated?", 0..1; None: not asked
+    annotated: float | None = (
+        None  # answer to "would this cell be annotated?", 0..1; None: the network has no such head
+    )
     score: float | None = None  # of the cell, 0..1; None takes `cell_score`
 
     @property
@@ -230,12 +232,19 @@ def keep_all(
     return kept
 
 # %% ../nbs/29_aggregation.ipynb #b75b45a6
+def _certainty(candidate: Candidate) -> float:
+    "Mean probability where the cell is likely; orders the scales of a nucleus, which may have one score."
+    likely = candidate.probability[candidate.probability > candidate.probability.max() / 2]
+    return float(likely.mean()) if len(likely) else 0.0
+
+
 def non_maximum_suppression(
     candidates: list[list[Candidate]],  # per nucleus, scales ascending
     threshold: float = 0.5,  # largest IoU of two kept cells
 ) -> list[Cell]:  # at most one per nucleus, by id
     "Keep the cells with the highest scores that do not overlap a better one."
-    cells = sorted((candidate.cell for scales in candidates for candidate in scales), key=lambda cell: -cell.score)
+    everyone = [candidate for scales in candidates for candidate in scales]
+    cells = [candidate.cell for candidate in sorted(everyone, key=lambda c: (-c.cell.score, -_certainty(c)))]
     overlap = iou_table(cells, cells)
     kept = []
     for i, cell in enumerate(cells):

@@ -9,7 +9,7 @@ __all__ = ['GROUP', 'SHIPPED', 'check_picture', 'nuclei_of_box', 'predict_region
 # %% ../nbs/42_pipeline.ipynb #78425251
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -92,7 +92,7 @@ def predict_regions(
     threshold: float = 0.5,  # a cell ends at this fraction of the probability on its nucleus
     flips: bool = False,  # mean over four mirror images
     pixels: int | None = None,  # of one call of the network, see `predict_probabilities`
-    score_weights: tuple[float, ...] = (),  # see `joined_score`; for networks with an annotation head
+    judged: bool = False,  # the nuclei have the scores of their cells already
 ) -> list[Candidate]:  # one per nucleus
     "Predict the cell of every nucleus at one scale."
     crops, boxes = crop_regions(image, nuclei, scale, size)
@@ -101,8 +101,7 @@ def predict_regions(
         nuclei, boxes, predict_probabilities(network, crops, flips, pixels), crops[:, 3] > 0
     ):
         annotated = float(maps[1].mean()) if len(maps) == 2 else None
-        judged = annotated is not None and score_weights
-        score = joined_score(nucleus.score, annotated, score_weights) if judged else None
+        score = nucleus.score if judged else None
         region = RegionProbability(nucleus, box, maps[0], image.shape[:2], scale, mask, annotated, score)
         candidates.append(make_candidate(region, threshold))
     return candidates
@@ -228,7 +227,11 @@ class Segmenter:
     ) -> list[list[Candidate]]:  # per nucleus, scales ascending
         "Stage two: the cell of every nucleus at every scale."
         stained = check_picture(image, self.config.equalize)
-        return [list(s) for s in zip(*(self._at_scale(stained, nuclei, k) for k in range(len(self.config.scales))))]
+        lowest = self._lowest_scale(stained, nuclei)
+        judged, answers = [c.nucleus for c in lowest], [c.annotated for c in lowest]
+        others = [self._at_scale(stained, judged, k) for k in range(1, len(self.config.scales))]
+        others = [[replace(c, annotated=answer) for c, answer in zip(found, answers)] for found in others]
+        return [list(scales) for scales in zip(lowest, *others)]
 
     def segment(
         self,
@@ -244,9 +247,9 @@ class Segmenter:
             nuclei = [nucleus for nucleus in nuclei if nucleus.score >= config.min_score]
         if select != "paper" or len(config.upper_ratios) != len(config.scales) - 1:
             return aggregate(self.candidates(image, nuclei), select, config)
-        predict_scale = partial(self._at_scale, check_picture(image, config.equalize))
+        stained = check_picture(image, config.equalize)
         groups = (nuclei[start : start + GROUP] for start in range(0, len(nuclei), GROUP))
-        cells = chain.from_iterable(select_step_by_step(part, predict_scale, config.upper_ratios) for part in groups)
+        cells = chain.from_iterable(self._select(stained, part) for part in groups)
         return [cell for cell in cells if cell.score >= config.min_score]
 
     def numbered(self, index: int) -> "Segmenter":  # index of the picture in its run, from 0
@@ -256,7 +259,33 @@ class Segmenter:
     def _at_scale(self, image, nuclei, position):
         config, scale = self.config, self.config.scales[position]
         numbers = scale, config.region_sizes[position], config.cell_threshold, config.flips, self.pixels
-        return predict_regions(self.cell_networks[scale], image, nuclei, *numbers, config.score_weights)
+        return predict_regions(self.cell_networks[scale], image, nuclei, *numbers, bool(config.score_weights))
+
+    def _lowest_scale(self, image, nuclei):
+        "The candidates of the lowest scale; where the bundle has weights for it, its answer decides the score."
+        lowest, weights = self._at_scale(image, nuclei, 0), self.config.score_weights
+        if not weights:
+            return lowest
+        if any(candidate.annotated is None for candidate in lowest):
+            found = f"the network of scale {self.config.scales[0]} has no annotation head"
+            raise ValueError(f"score_weights = {weights}, but {found}; leave them empty")
+        scores = [joined_score(c.nucleus.score, c.annotated, weights) for c in lowest]
+        return [
+            replace(c, nucleus=replace(c.nucleus, score=score), cell=replace(c.cell, score=score), score=score)
+            for c, score in zip(lowest, scores)
+        ]
+
+    def _select(self, image, nuclei):
+        "The paper's selection, where each scale is asked about the nuclei that need it."
+        config, lowest = self.config, {}
+        if config.score_weights:
+            lowest = {id(c.nucleus): c for c in self._lowest_scale(image, nuclei) if c.score >= config.min_score}
+            nuclei = [candidate.nucleus for candidate in lowest.values()]
+
+        def predict_scale(part, position):
+            return [lowest[id(n)] for n in part] if position == 0 and lowest else self._at_scale(image, part, position)
+
+        return select_step_by_step(nuclei, predict_scale, config.upper_ratios)
 
 # %% ../nbs/42_pipeline.ipynb #30a1d8a4
 def save_bundle(

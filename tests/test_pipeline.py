@@ -312,6 +312,29 @@ def test_the_annotation_head_decides_the_score_and_not_the_outline():
     assert segmenter.segment(image, nuclei=nuclei) == []
 
 
+def test_the_lowest_scale_judges_and_the_others_see_only_what_is_reported():
+    image = np.full((96, 128, 3), 230, np.uint8)
+    image[30:50, 20:40], image[30:50, 80:100] = 20, 70
+    config = replace(CONFIG, scales=(0.5, 1.75), region_sizes=(48, 48), upper_ratios=(-1.0,), min_score=0.9)
+    config, seen = replace(config, score_weights=(0.0, 0.0, 1.0)), []
+
+    def outline(crops):
+        seen.append(len(crops))
+        return crops[:, :1] * 0 + 9
+
+    segmenter = Segmenter(dark_is_nucleus, {0.5: Judge(), 1.75: outline}, config)
+    dark, light = segmenter.candidates(image, segmenter.nuclei(image, "field"))
+    assert [c.cell.score for c in dark] == [dark[0].score] * 2 and dark[0].score > 0.9 > light[0].score
+    seen.clear()
+    (cell,) = segmenter.segment(image, nucleus_px="field")
+    assert seen == [1]  # the second nucleus is below the least score
+    assert (cell.scale, cell.score, cell.area) == (1.75, dark[1].cell.score, dark[1].cell.area)
+    assert len(segmenter.segment(image, "keep-all", "field")) == 4
+    segmenter = Segmenter(dark_is_nucleus, {0.5: outline, 1.75: Judge()}, config)
+    with pytest.raises(ValueError, match="scale 0.5 has no annotation head"):
+        segmenter.segment(image, nucleus_px="field")
+
+
 def test_a_bundle_read_again_gives_the_same_cells(tmp_path):
     torch.manual_seed(0)
     networks = {scale: build_network("unet", in_channels=4, widths=(4, 8)) for scale in SCALES}
