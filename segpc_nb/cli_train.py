@@ -26,6 +26,7 @@ def train(
     resume: Resume = "auto",  # auto continues what the folder holds, never starts over
     log_with: str | None = None,  # tensorboard or mlflow, where installed
     cache: Path | None = None,  # folder that keeps the crops of the cytoplasm stage; without it they stay in memory
+    teachers: list[Path] | None = None,  # bundles whose mean answer the cytoplasm networks learn too
     train: dict | None = None,  # fields of `config.TrainConfig` for this stage
     bundle: dict | None = None,  # fields of `config.BundleConfig`
     print_config: bool = False,  # print the whole preset as YAML, for --preset, and exit
@@ -34,7 +35,7 @@ def train(
     from segpc_nb.config import RunOptions
     from segpc_nb.presets import load_preset, override, preset_yaml
 
-    for option, value in (("--scale", scale), ("--cache", cache)):
+    for option, value in (("--scale", scale), ("--cache", cache), ("--teachers", teachers)):
         if stage == "nucleus" and value is not None:
             raise ValueError(f"{option} {value} is for the cytoplasm networks; leave it out")
     changes = (train or {}) | ({"epochs": epochs} if epochs else {})
@@ -55,7 +56,7 @@ def train(
         return [out / "nucleus" / "main"]
     scales = chosen.cytoplasm if scale is None else (scale,)
     for value in scales:
-        train_cytoplasm(chosen, data, out, value, options, cache)
+        train_cytoplasm(chosen, data, out, value, options, cache, tuple(teachers or ()))
     return [out / f"cytoplasm_{value}" for value in scales]
 
 # %% ../nbs/62_cli_train.ipynb #b91d9e66

@@ -56,14 +56,15 @@ ANNOTATION_WEIGHT = 0.3  # of the answer to "would it be annotated?"
 
 def cell_loss(
     logits: torch.Tensor,  # (N, 2, H, W) float: the cell, and the same logit everywhere for its annotation
-    target: torch.Tensor,  # (N, 1, H, W) float mask, 0..1; empty where no cell is annotated
+    target: torch.Tensor,  # (N, 1, H, W) float mask, 0..1, empty where no cell is annotated; or two maps of teachers
     positive_weight: float = 1.0,  # weight of foreground pixels in the cross-entropy, above 0
 ) -> torch.Tensor:  # () float, 0 or more
     "Cross-entropy and Dice per cell on crops with an annotated cell, and cross-entropy of whether there is one."
-    annotated = target.flatten(1).amax(1)  # (N,)
+    taught = target.shape[1] == 2  # then every crop has an outline
+    annotated = target[:, 1].mean((1, 2)) if taught else target.flatten(1).amax(1)  # (N,)
     judged = F.binary_cross_entropy_with_logits(logits[:, 1].mean((1, 2)), annotated)
-    here = annotated > 0
-    cells, masks = logits[here, :1], target[here]
+    here = torch.ones_like(annotated, dtype=bool) if taught else annotated > 0
+    cells, masks = logits[here, :1], target[here, :1]
     outline = logits[:, 0].sum() * 0  # a batch without a cell teaches no outline
     if len(cells):
         outline = cross_entropy_loss(cells, masks, positive_weight)

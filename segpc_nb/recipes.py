@@ -29,7 +29,7 @@ from .presets import Preset, bundle_config, load_preset, preset_yaml
 from .provenance import data_hash, write_manifest
 from .results import read_masks, write_masks
 from .training import fit
-from .training_data import CellRegions, NucleusPictures, RegionOptions
+from .training_data import CellRegions, NucleusPictures, RegionOptions, TaughtRegions
 
 # %% ../nbs/45_recipes.ipynb #c34b500a
 def train_network(
@@ -177,6 +177,7 @@ def train_cytoplasm(
     scale: float,  # the crop is 1 + scale times the box of the nucleus
     options: RunOptions = RunOptions(),
     cache: Path | None = None,  # folder that keeps the crops; None keeps them in memory
+    teachers: tuple[Path, ...] = (),  # bundles whose mean answer the network learns too, see `TaughtRegions`
 ) -> tuple[torch.nn.Module, pd.DataFrame, CellRegions]:  # the network, its history, the validation crops
     "Train the cytoplasm network of one scale."
     preset, split, out = load_preset(preset), split_samples(data), Path(out)
@@ -201,6 +202,11 @@ def train_cytoplasm(
     train_set, valid_set = region_datasets(config, split, scale, nuclei, preset.nuclei == "jittered", cache)
     if len(train_set) < 2:
         raise ValueError(f"{data} gives {len(train_set)} cells to train on; a cytoplasm network needs 2 at least")
+    if teachers:
+        weights = [Path(bundle) / f"cytoplasm_{scale}" for bundle in teachers]
+        train_set = TaughtRegions(train_set, [load_network(folder, logits=True) for folder in weights])
+        files += [file for folder in weights for file in folder.iterdir()]
     folder, seed = out / f"cytoplasm_{scale}", config.seed + round(100 * scale)
-    trained = train_network(config, train_set, valid_set, folder, files, seed, preset, start, options, scale=scale)
+    facts = {"scale": scale} | ({"teachers": list(map(str, teachers))} if teachers else {})
+    trained = train_network(config, train_set, valid_set, folder, files, seed, preset, start, options, **facts)
     return *trained, valid_set

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNLABELED', 'CROPS_VERSION', 'union_mask', 'annotated_cells', 'dark_areas', 'NucleusPictures', 'match_nuclei',
-           'jitter_nucleus', 'training_pairs', 'cell_bytes', 'RegionOptions', 'CellRegions']
+           'jitter_nucleus', 'training_pairs', 'cell_bytes', 'RegionOptions', 'CellRegions', 'TaughtRegions']
 
 # %% ../nbs/32_training_data.ipynb #57f0c85e
 from collections.abc import Callable
@@ -238,3 +238,29 @@ class CellRegions(Dataset):
         inner = slice(margin, margin + self.options.size)
         image, masks = image[:, inner, inner], masks[:, inner, inner].float()
         return torch.cat([image / 255, masks[:1]]), masks[1:]
+
+# %% ../nbs/32_training_data.ipynb #f3100d66
+class TaughtRegions(Dataset):
+    "Samples of stage two whose targets are the mean of the annotation and of what trained networks answer."
+
+    def __init__(
+        self,
+        samples: Dataset,  # (4, s, s) crops and (1, s, s) masks, such as `CellRegions`
+        teachers: list[torch.nn.Module],  # in eval mode, with an annotation head: (N, 4, s, s) to (N, 2, s, s) logits
+    ):
+        if not teachers:
+            raise ValueError("teachers: none; give at least one trained network")
+        self.samples, self.teachers = samples, teachers
+
+    def __len__(self):
+        return len(self.samples)
+
+    @torch.no_grad()
+    def __getitem__(self, index):
+        crop, mask = self.samples[index]
+        answer = torch.stack([teacher(crop[None])[0].sigmoid() for teacher in self.teachers]).mean(0)
+        if answer.shape[0] != 2:
+            raise ValueError(f"teachers: their answer has {answer.shape[0]} map, expected 2; set annotation_head")
+        annotated = mask.any()
+        outline = (mask + answer[:1]) / 2 if annotated else answer[:1]
+        return crop, torch.cat([outline, (answer[1:] + annotated) / 2])

@@ -331,7 +331,7 @@ def test_the_lowest_scale_judges_and_the_others_see_only_what_is_reported():
     assert (cell.scale, cell.score, cell.area) == (1.75, dark[1].cell.score, dark[1].cell.area)
     assert len(segmenter.segment(image, "keep-all", "field")) == 4
     segmenter = Segmenter(dark_is_nucleus, {0.5: outline, 1.75: Judge()}, config)
-    with pytest.raises(ValueError, match="scale 0.5 has no annotation head"):
+    with pytest.raises(ValueError, match=r"scale 0\.5 has no annotation head"):
         segmenter.segment(image, nucleus_px="field")
 
 
