@@ -48,7 +48,7 @@ def check_input(
 
 
 def check_activation(activation: str | None) -> None:
-    "Refuse what would silently give logits."
+    "Refuse an activation that the networks do not have."
     if activation not in (None, "sigmoid"):
         raise ValueError(f"activation = {activation!r}, allowed: None for logits, 'sigmoid' for probabilities")
 
