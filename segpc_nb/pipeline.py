@@ -146,13 +146,15 @@ def select_step_by_step(
     nuclei: list[Cell],
     predict_scale: Callable[[list[Cell], int], list[Candidate]],  # predicts some nuclei at the n-th scale
     upper_ratios: tuple[float, ...],  # one per scale except the last
+    lowest: list[Candidate] | None = None,  # of the lowest scale, one per nucleus, where they are known
 ) -> list[Cell]:  # one per nucleus
     "The same cells as `select_by_ratio`, predicting no more crops than needed."
     chosen, waiting = {}, dict(enumerate(nuclei))
     for position, upper in enumerate((*upper_ratios, np.inf)):
         if upper < 0:  # this scale is never kept
             continue
-        found = dict(zip(waiting, predict_scale(list(waiting.values()), position)))
+        known = lowest if position == 0 else None
+        found = dict(zip(waiting, known or predict_scale(list(waiting.values()), position)))
         chosen |= {
             k: candidate.cell for k, candidate in found.items() if accepts(candidate.cell, position, upper_ratios)
         }
@@ -189,12 +191,8 @@ class Segmenter:
         if set(cell_networks) != set(config.scales):
             found = f"cell_networks has scales {sorted(cell_networks)}, config has {list(config.scales)}"
             raise ValueError(f"{found}; give one network per scale")
-        self.nucleus_network, self.cell_networks, self.config, self.pixels = (
-            nucleus_network,
-            cell_networks,
-            config,
-            pixels,
-        )
+        self.nucleus_network, self.cell_networks = nucleus_network, cell_networks
+        self.config, self.pixels = config, pixels
         for network in (nucleus_network, *cell_networks.values()):
             if isinstance(network, torch.nn.Module):
                 channels_last(network.eval())
@@ -242,11 +240,10 @@ class Segmenter:
     ) -> list[list[Candidate]]:  # per nucleus, scales ascending
         "Stage two: the cell of every nucleus at every scale."
         stained = check_picture(image, self.config.equalize)
-        lowest = self._lowest_scale(stained, nuclei)
-        judged, answers = [c.nucleus for c in lowest], [c.annotated for c in lowest]
-        others = [self._at_scale(stained, judged, k) for k in range(1, len(self.config.scales))]
-        others = [[replace(c, annotated=answer) for c, answer in zip(found, answers)] for found in others]
-        return [list(scales) for scales in zip(lowest, *others)]
+        found = [self._lowest_scale(stained, nuclei)]
+        judged = [candidate.nucleus for candidate in found[0]]
+        found += [self._at_scale(stained, judged, k) for k in range(1, len(self.config.scales))]
+        return [[replace(c, annotated=scales[0].annotated) for c in scales] for scales in zip(*found)]
 
     def segment(
         self,
@@ -277,20 +274,15 @@ class Segmenter:
         return predict_regions(self.cell_networks[scale], image, nuclei, *numbers, bool(config.score_weights))
 
     def _lowest_scale(self, image, nuclei):
-        lowest, weights = self._at_scale(image, nuclei, 0), self.config.score_weights
-        return judge(lowest, weights) if weights else lowest
+        found, weights = self._at_scale(image, nuclei, 0), self.config.score_weights
+        return judge(found, weights) if weights else found
 
     def _select(self, image, nuclei):
-        "The paper's selection, where each scale is asked about the nuclei that need it."
-        config, lowest = self.config, {}
+        config, lowest = self.config, None
         if config.score_weights:
-            lowest = {id(c.nucleus): c for c in self._lowest_scale(image, nuclei) if c.score >= config.min_score}
-            nuclei = [candidate.nucleus for candidate in lowest.values()]
-
-        def predict_scale(part, position):
-            return [lowest[id(n)] for n in part] if position == 0 and lowest else self._at_scale(image, part, position)
-
-        return select_step_by_step(nuclei, predict_scale, config.upper_ratios)
+            lowest = [c for c in self._lowest_scale(image, nuclei) if c.score >= config.min_score]
+            nuclei = [candidate.nucleus for candidate in lowest]
+        return select_step_by_step(nuclei, partial(self._at_scale, image), config.upper_ratios, lowest)
 
 # %% ../nbs/42_pipeline.ipynb #30a1d8a4
 def save_bundle(
