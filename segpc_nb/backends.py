@@ -48,7 +48,7 @@ from segpc_nb.runtimes import (
 def is_private(
     folder: Path,  # made if it is not there
 ) -> bool:
-    "Is this a folder of this user that nobody else can write to? Networks are taken from it."
+    "Whether a folder belongs to this user and nobody else can write to it; networks are loaded from it."
     with suppress(OSError):
         os.mkdir(folder, 0o700)
     if not folder.exists():
@@ -61,7 +61,7 @@ def is_private(
 def cache_folders(
     cache: Path | None,  # None for the user's cache folder
 ) -> list[Path]:  # where to look, and to write to the first that takes it
-    "The cache, and what stands in for it."
+    "The cache folder, and where files go if it can't be used."
     user = os.getuid() if hasattr(os, "getuid") else "user"
     spare = Path(tempfile.gettempdir()) / f"segpc_nb-{user}"
     return [Path(cache or platformdirs.user_cache_dir("segpc_nb", False)), *([spare] if is_private(spare) else [])]

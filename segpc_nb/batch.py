@@ -56,7 +56,7 @@ EXPECTED = (ValueError, OSError, RuntimeError, MemoryError)  # what may be wrong
 def failure_text(
     error: BaseException,
 ) -> str:
-    "Why a picture failed, in words; an error that nobody expected is shown in full on standard error."
+    "Why a picture failed, as text; an unexpected error is shown in full on standard error."
     if isinstance(error, EXPECTED):
         return str(error)
     traceback.print_exception(error)
@@ -111,7 +111,7 @@ class PredictOptions:
 
     @cached_property
     def words(self) -> dict:
-        "The same for people: what was asked for, and by which version."
+        "The options and the version, readable by people."
         given = {name: value for name, value in asdict(self).items() if value is not None and value != "auto"}
         given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
         return {"bundle": "of the package", **given, "segpc_nb": segpc_nb.__version__}
@@ -305,8 +305,8 @@ def predict_pictures(
     redo: bool = False,  # also pictures that were done before
     on_progress: Callable[[str], None] = lambda line: None,  # gets a line per picture
 ) -> PredictResult:
-    "Find the cells of many pictures; a run that was cut off goes on."
-    bundle = options.bundle and Path(options.bundle).absolute()  # workers may stand in another folder
+    "Find the cells of many pictures; a run that was stopped is continued."
+    bundle = options.bundle and Path(options.bundle).absolute()  # workers may run in another folder
     options = replace(options, bundle=bundle)
 
     def say(line):

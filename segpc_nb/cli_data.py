@@ -46,7 +46,7 @@ def kaggle_zip(
     folder: Path,  # gets the zip; made if needed
     by_hand: str,  # how to do without the client, for errors
 ) -> Path:  # the zip
-    "Download the data set with Kaggle's own client; a download that was stopped goes on."
+    "Download the data set with Kaggle's own client; a download that was stopped is continued."
     client = shutil.which("kaggle") or shutil.which("kaggle", path=Path(sys.executable).parent)
     if client is None:
         raise ValueError(f"Kaggle's client is not installed; `pip install kaggle`, or {by_hand}")
@@ -67,7 +67,7 @@ OWN = ".segpc_download"  # marks a folder as an unfinished download
 
 def unpack_into(
     out: Path,  # new or empty folder that gets the data set
-    archive: Path | None,  # the zip; None asks Kaggle's client for it
+    archive: Path | None,  # the zip; None downloads it with Kaggle's client
     by_hand: str,  # how to do without the client, for errors
 ) -> None:
     "Unpack the data set beside its place, and move it there when it is complete."

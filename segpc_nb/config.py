@@ -39,7 +39,7 @@ class TrainConfig:
     crop: tuple[int, int] | None = None  # random crop (height, width) during training, px; the whole input without it
     augment: bool = True  # flips, turns, zoom and stain changes
     elastic: float = 0.0  # fraction of the training samples that are bent elastically, 0..1
-    unlabeled: float = 0.0  # stage one: target of dark places that nobody annotated, 0..1
+    unlabeled: float = 0.0  # stage one: target of dark places without annotation, 0..1
     true_nuclei: bool = False  # take the shift out of the nucleus labels, see `label_shift`
     balance: bool = False  # stage two: repeat crops with an annotated cell until they are about half of an epoch
     equalize: bool = False  # histogram equalisation of each channel (paper section 3.2)

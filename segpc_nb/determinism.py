@@ -29,7 +29,7 @@ def seed_everything(
 
 # %% ../nbs/34_determinism.ipynb #1670ea21
 class SeededDataset(Dataset):
-    "A data set indexed by (epoch, index), whose samples do not depend on who asks for them and when."
+    "A data set indexed by (epoch, index), whose samples do not depend on the order or the process that loads them."
 
     def __init__(
         self,

@@ -83,15 +83,6 @@ def package_findings(
 OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 OPENCV_FIX = f"pip uninstall -y {' '.join(OPENCV)} && pip install opencv-python-headless"
 TORCH_FIX = "pip install --force-reinstall torch torchvision (both from the same index)"
-IMPORTS = {
-    "numpy": "numpy",
-    "cv2": "opencv-python-headless",
-    "torch": "torch",
-    "torchvision": "torchvision",
-    "timm": "timm",
-    "segmentation_models_pytorch": "segmentation-models-pytorch",
-}
-IMPORT_FIXES = {"libGL": OPENCV_FIX, "torchvision::": TORCH_FIX}  # part of an error's text: its fix
 
 
 def conflict_findings() -> list[Finding]:
@@ -115,6 +106,17 @@ def conflict_findings() -> list[Finding]:
                 )
             )
     return findings
+
+# %% ../nbs/64_doctor.ipynb #08478419
+IMPORTS = {
+    "numpy": "numpy",
+    "cv2": "opencv-python-headless",
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "timm": "timm",
+    "segmentation_models_pytorch": "segmentation-models-pytorch",
+}
+IMPORT_FIXES = {"libGL": OPENCV_FIX, "torchvision::": TORCH_FIX}  # part of an error's text: its fix
 
 
 def import_findings() -> list[Finding]:

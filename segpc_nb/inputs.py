@@ -17,7 +17,7 @@ from .images import PICTURE_SUFFIXES, natural_key
 def picture_files(
     folder: Path,  # not searched deeper
 ) -> list[Path]:  # natural order; nothing if there is no such folder
-    "The picture files that stand in a folder, without hidden ones."
+    "The picture files in a folder, without hidden ones."
     files = Path(folder).iterdir() if Path(folder).is_dir() else []
     files = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith(".")]
     return sorted((file for file in files if not file.is_dir()), key=lambda file: natural_key(file.name))
@@ -41,7 +41,7 @@ def is_picture_folder(
 # %% ../nbs/07_inputs.ipynb #e0cdd111
 def left_out(
     paths: list[Path],  # files and folders, as `find_pictures` gets them
-) -> list[Path]:  # what stands in the folders and is not hidden; natural order
+) -> list[Path]:  # files of the folders that are not hidden; natural order
     "What `find_pictures` passes over."
     others = {}
     for folder in filter(is_picture_folder, map(Path, paths)):

@@ -33,7 +33,7 @@ def shift_px(
     id: str,  # name of a picture without suffix
     width: int,  # of the picture, px
 ) -> int:  # to the right
-    "How far the annotated nuclei of a picture stand from the true ones."
+    "How far the annotated nuclei of a picture lie from the true ones."
     return round(LABEL_SHIFT.get(camera(id), 0.0) * width)
 
 # %% ../nbs/14_label_shift.ipynb #c5ab4e43
@@ -75,7 +75,7 @@ def estimate_label_shift(
 ) -> (
     pd.DataFrame
 ):  # per camera: shift with its 95% interval, low and high, in fractions of the width; pictures, cells, curve
-    "How far the annotated nuclei stand from the true ones, per camera."
+    "How far the annotated nuclei lie from the true ones, per camera."
     steps, rng, curves, rows = np.linspace(-1, 1, 13), np.random.default_rng(seed), {}, {}
     for sample in samples:
         image = sample.image()

@@ -17,7 +17,7 @@ EMPTY_ROWS = 64  # rows of a block of emptiness
 
 
 def _deflated(rows: bytes) -> bytes:
-    "A part of a deflate stream that can stand between any others."
+    "A part of a deflate stream that may follow, and be followed by, any other."
     packer = zlib_ng.compressobj(1, wbits=-15, strategy=zlib_ng.Z_RLE)
     return packer.compress(rows) + packer.flush(zlib_ng.Z_FULL_FLUSH)
 

@@ -41,7 +41,7 @@ def network_grid(
 
 # %% ../nbs/41_nucleus_size.ipynb #322662cf
 NUCLEUS_UM = 9.0  # longest side of a typical plasma cell's nucleus; the cell measures 8 to 20 um
-SIZE_TOLERANCE = 1.5  # nuclei up to so many times too large or too small are as learnt
+SIZE_TOLERANCE = 1.5  # factor up to which nuclei count as of the size of the training
 FIELD_TOLERANCE = 1.25  # a picture is a whole field if its median nucleus is at most so many times too large or small
 EVIDENCE = 0.5  # below it nothing was found
 
@@ -109,7 +109,7 @@ def contrast_places(
     return [(int(row) * step, int(column) * step) for row, column in places]
 
 # %% ../nbs/41_nucleus_size.ipynb #3b9d0bf8
-OCTAVES = range(-2, 5)  # sizes that are tried: the learnt size times powers of two
+OCTAVES = range(-2, 5)  # sizes that are tried: the size of the training times powers of two
 
 
 def window_around(
@@ -127,7 +127,7 @@ def window_around(
 def scan_sizes(
     find: Callable,  # (image, nucleus_px, flips) to the nuclei of an image; `pipeline.Segmenter.find_nuclei`
     image: np.ndarray,  # (H, W, 3) uint8 RGB, or a `Slide`
-    config: BundleConfig,  # what the nucleus network has learnt
+    config: BundleConfig,  # of the nucleus network
     sizes: Iterable[float],  # longest sides of a typical nucleus that are tried, px, ascending
 ) -> dict[float, tuple[float, float]]:  # of each size, px: evidence in a window, and median longest side, px
     "Look for nuclei of some sizes."
@@ -153,7 +153,7 @@ LARGE = 4096  # a picture with a longer side is no single field, px
 def estimate_nucleus_px(
     find: Callable,  # (image, nucleus_px, flips) to the nuclei of an image; `pipeline.Segmenter.find_nuclei`
     image: np.ndarray,  # (H, W, 3) uint8 RGB, or a `Slide`
-    config: BundleConfig,  # what the nucleus network has learnt
+    config: BundleConfig,  # of the nucleus network
     pixel_um: float | None = None,  # side of a pixel, um, where it is known
 ) -> tuple[float | str, list[Cell]]:  # longest side of a typical nucleus, px, or "field" for a whole field; the nuclei
     "Find out how large the nuclei of a picture are, and find them."

@@ -203,7 +203,7 @@ class Segmenter:
         nucleus_px: float | str,  # longest side of a typical nucleus, px; "field" for a whole field as in training
         flips: bool,  # mean over the four mirror images
     ) -> list[Cell]:  # without cytoplasm, numbered from 1
-        "Stage one on a grid where nuclei have the size they were learnt at."
+        "Stage one on a grid where nuclei have the size of the training."
         shape = check_picture(image).shape[:2]
         grid, config = network_grid(self.config, shape, nucleus_px), self.config
         find = partial(nuclei_of_box, self.nucleus_network, image, config, flips, self.pixels)

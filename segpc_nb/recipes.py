@@ -59,7 +59,7 @@ def train_network(
             write_bytes(folder / "preset.yaml", preset_yaml(preset).encode())
             facts = {"preset": preset.name, "preset_file": "preset.yaml"} | facts
             write_manifest(path, data, config=asdict(config), seed=seed, **times, **facts)
-    state.wait_for_everyone()  # nobody reads the weights before they are there
+    state.wait_for_everyone()  # the other processes read the weights only when they are there
     return network, history
 
 

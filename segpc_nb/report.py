@@ -138,7 +138,7 @@ def write_report(
         "pictures": entries,
     }
     data |= {"unit": "µm²" if pixel_um else "px", "digits": 1 if pixel_um else 0}
-    if truth is not None:  # a picture without annotation judges nobody
+    if truth is not None:  # pictures without annotation have no scores
         found, shapes = ({id: of[id] for id in found if id in truth} for of in (found, shapes))
         truth = {id: truth[id] for id in found}
     data["scores"] = score_entries(found, truth, shapes) if truth is not None else None

@@ -127,7 +127,7 @@ class Bfloat16Network(torch.nn.Module):
         self.network = network
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # (N, C, h, w) float to (N, 1, h, w) float logits
-        "Ask under autocast."
+        "Logits of a batch, computed under autocast."
         with torch.autocast(images.device.type, torch.bfloat16):
             return self.network(images).float()
 
@@ -146,7 +146,7 @@ class OnnxRuntimeNetwork:
         self.session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:  # (N, C, h, w) float32 to (N, 1, h, w) float32 logits
-        "Ask."
+        "Logits of a batch."
         (logits,) = self.session.run(None, {"images": np.ascontiguousarray(images.numpy())})
         return torch.from_numpy(logits)
 
@@ -168,7 +168,7 @@ class OpenVinoNetwork:
         self.compiled, self.lock = core.compile_model(core.read_model(content), "CPU", settings), threading.Lock()
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:  # (N, C, h, w) float32 to (N, 1, h, w) float32 logits
-        "Ask."
+        "Logits of a batch."
         with self.lock:  # it has one place for its answer
             return torch.from_numpy(self.compiled(np.ascontiguousarray(images.numpy()))[0])
 

@@ -26,7 +26,7 @@ class Slide:
 
     def __init__(
         self,
-        blocks,  # array of uint8 that reads what is asked of it, such as zarr's
+        blocks,  # array of uint8 that reads only the window it is indexed with, such as zarr's
         axes: str = "yxc",  # of `blocks`, one letter each; of other axes than these the first plane is taken
         path: Path | None = None,  # for errors
     ):
@@ -138,7 +138,7 @@ UNITS |= {"mm": 1e3, "millimeter": 1e3, "cm": 1e4, "inch": 25_400.0}
 
 def in_um(
     value: str | float,
-    unit: str,  # as it stands in a file, with any of the signs for micro
+    unit: str,  # as written in a file, with any of the signs for micro
 ) -> float:  # 0 for what is not understood
     "A length in micrometres."
     unit = re.sub("^[\u00b5\u03bc]", "u", html.unescape(unit).replace("\\u00B5", "\u00b5").strip())

@@ -156,7 +156,7 @@ def stop_agreed(
     stop: StopRequest,  # of this process; that of the others is noted in it
     accelerator: Accelerator,
 ) -> bool:
-    "Whether any process was asked to stop; all give the same answer."
+    "Whether any process should stop; the result is the same in all."
     if accelerator.num_processes == 1:
         return stop.signal is not None
     agreed = int(accelerator.gather(torch.tensor([stop.signal or 0], device=accelerator.device)).max())
@@ -196,7 +196,7 @@ def train_epoch(
     run: Run,  # its weights change
     loader: DataLoader,  # over `ResumableBatches`, which start at the step of `run.progress`
     loss: Callable,  # from `losses.segmentation_loss`
-    stop: StopRequest | None = None,  # asked after each optimiser step
+    stop: StopRequest | None = None,  # checked after each optimiser step
 ) -> float | None:  # mean training loss; None if the epoch was left unfinished
     "Pass over the training samples once, or over the rest of them."
     config, accelerator, progress = run.config, run.accelerator, run.progress
@@ -282,7 +282,7 @@ def run_epoch(
     train_loader: DataLoader,  # over `ResumableBatches`
     valid_loader: DataLoader | None,  # None trains without validation
     loss: Callable,  # from `losses.segmentation_loss`
-    stop: StopRequest,  # asked after each optimiser step
+    stop: StopRequest,  # checked after each optimiser step
 ) -> bool:  # False if the epoch was left unfinished
     "Train for one epoch, or the rest of one, validate, and note what came of it."
     progress, accelerator, epoch = run.progress, run.accelerator, len(run.progress.history)
@@ -315,7 +315,7 @@ def fit(
     data: str = "",  # what the samples are made of, such as `provenance.data_hash`; a run on other data is refused
     options: RunOptions = RunOptions(),
 ) -> pd.DataFrame:  # one row per epoch: losses, overlap, step size, seconds
-    "Train one network, or continue where the folder's checkpoint stands; the network ends with the best weights."
+    "Train one network, or continue from the checkpoint of the folder; the network ends with the best weights."
     run, curve = Run(network, config, folder, data, options), None
     accelerator, loss = run.accelerator, segmentation_loss(config.loss, config.positive_weight)
     keep_memory()

@@ -175,7 +175,7 @@ class RegionOptions:
 
     scale: float  # the crop is (1 + scale) times the box of the nucleus
     size: int  # side of the crop, px
-    jitter: bool = False  # change each nucleus at random whenever it is asked for
+    jitter: bool = False  # change each nucleus at random in every sample
     missed: bool = False  # add the annotated cells that the nuclei missed, with their annotated nuclei
     true_nuclei: bool = False  # take the shift out of the labels, see `label_shift`
     equalize: bool = False  # equalise the histogram of each channel of the picture
