@@ -32,9 +32,7 @@ class Preset:
     nucleus: TrainConfig  # stage one
     cytoplasm: dict[float, TrainConfig]  # stage two, one network per scale, in the order of training
     first: float | None = None  # the scale whose weights the others start from; None trains each by itself
-    nuclei: Literal["out-of-fold", "jittered"] = (
-        "out-of-fold"  # stage two trains on predicted nuclei or jittered true ones
-    )
+    nuclei: Literal["out-of-fold", "jittered"] = "out-of-fold"  # of stage two: predicted, or jittered true ones
     folds: int = 2  # networks that predict the out-of-fold nuclei
     min_nucleus_score: float = 0.0  # of the predicted nuclei that stage two trains on
     pictures: int = 300  # size of the synthetic set, where no data is given
@@ -82,9 +80,8 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases (*name) are not allowed", self.peek_event().start_mark
-            )
+            place = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed", place)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
