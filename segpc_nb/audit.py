@@ -73,7 +73,7 @@ def plant_defects(
     image, (first, *rest) = make_picture(np.random.default_rng(5))
     write_field(train, "5", image, rest)
     joined = np.where(mask_from_cell(first, image.shape[:2]), 60, 0).astype(np.uint8)
-    write_image(train / "y" / "5_60.png", joined)
+    write_image(train / "y" / "5_9.png", joined)
     write_image(train / "y" / "99_1.png", mask_from_cell(first, image.shape[:2]))
     write_field(train, "6", make_picture(np.random.default_rng(6))[0], [])
     for number in (1001, 1002):
@@ -174,10 +174,8 @@ def agreement(
     )
 
 # %% ../nbs/16_audit.ipynb #4fbb65c3
-THIN, COPY = (
-    0.1,
-    0.98,
-)  # cytoplasm area / nucleus area below which a cell is listed; fraction from which pictures are copies
+THIN = 0.1  # cytoplasm area / nucleus area below which a cell is listed
+COPY = 0.98  # overlapping fraction, and correlation, from which pictures are copies
 PROBLEMS = {"stored_twice": "stored twice", "values": "values", "orphans": "orphan", "unmasked": "unmasked"}
 
 

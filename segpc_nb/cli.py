@@ -54,7 +54,11 @@ COMMANDS = {
         download, ("segpc download data/segpc", "segpc download data/segpc --archive SegPC-2021.zip"), ("out",)
     ),
     "check": Command(
-        check, ("segpc check data/segpc", "segpc check my-pictures --json"), ("folder",), check_lines, True
+        check,
+        ("segpc check data/segpc", "segpc check data/segpc --audit", "segpc check my-pictures --json"),
+        ("folder",),
+        check_lines,
+        True,
     ),
     "scales": Command(scales, ("segpc scales data/segpc --figure scales.png",), ("folder",), scale_lines, True),
     "train": Command(

@@ -187,8 +187,11 @@ def check_pictures(
 # %% ../nbs/61_cli_data.ipynb #ea97d5af
 def check(
     folder: Path,  # a data set, or a folder of pictures
-) -> dict:  # folder, found (counts by split), errors (int), problems (list of file, level, problem)
+    audit: bool = False,  # also look for pictures of one field, doubtful cells and others, and write overlaps.csv
+    out: Path | None = None,  # folder of the audit's files; without it FOLDER, and FOLDER/audit for tables and sheets
+) -> dict:  # folder, found (counts by split), errors (int), problems (list of file, level, problem); audit (or None)
     "Read all files of a data set or a folder of pictures and list what is wrong."
+    from segpc_nb.contact_sheets import audit_folder
     from segpc_nb.dataset import SPLITS, find_dataset, find_split
     from segpc_nb.files import PictureError
     from segpc_nb.inputs import folder_pictures
@@ -196,10 +199,14 @@ def check(
     folder, found, problems = Path(folder), {}, []
     if not folder.is_dir():
         raise PictureError(folder, "no such folder", "check the name")
+    if out is not None and not audit:
+        raise ValueError(f"--out {out} is for the files of --audit; add --audit or leave it out")
     for split in SPLITS:
         if find_split(folder, split):
             found[split], more = check_split(folder, split)
             problems += more
+    if audit and not found:
+        raise PictureError(folder, "no data set, which --audit needs", "expected train/x/ID.bmp and train/y/ID_K.bmp")
     if not found and (pictures := folder_pictures(folder)):
         found, problems = {"pictures": {"pictures": len(pictures)}}, check_pictures(folder)
     elif not found:
@@ -209,6 +216,7 @@ def check(
         "found": found,
         "errors": sum(problem["level"] == "error" for problem in problems),
         "problems": problems,
+        "audit": audit_folder(folder, out) if audit else None,
     }
 
 
@@ -216,6 +224,8 @@ def check_lines(
     result: dict,  # from `check`
 ) -> str:
     "The result of `check` as lines of text."
+    from segpc_nb.contact_sheets import audit_lines
+
     lines = [
         f"{split:<11}{', '.join(f'{count} {what}' for what, count in counts.items()) or 'not read'}"
         for split, counts in result["found"].items()
@@ -227,6 +237,7 @@ def check_lines(
     return "\n".join(
         [
             *lines,
+            *(audit_lines(result["audit"]) if result["audit"] else ()),
             ", ".join(f"{levels[level]} {level}{'s' * (levels[level] != 1)}" for level in ("error", "warning", "note")),
         ]
     )

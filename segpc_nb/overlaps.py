@@ -217,9 +217,10 @@ OVERLAPS = "overlaps.csv"  # in the folder of a data set
 def write_overlaps(
     path: Path,  # .csv
     keys: list[tuple[str, str]],  # split and id of every picture that was looked at
-    overlaps: pd.DataFrame,  # from `find_overlaps`
+    overlaps: pd.DataFrame | None = None,  # from `find_overlaps`; None if each is a field of its own
 ) -> None:
     "Keep which pictures overlap."
+    overlaps = pd.DataFrame(columns=COLUMNS) if overlaps is None else overlaps
     paired = {*zip(overlaps["split"], overlaps["id"]), *zip(overlaps["other_split"], overlaps["other_id"])}
     alone = pd.DataFrame([key for key in keys if key not in paired], columns=["split", "id"])
     table = pd.concat([overlaps.round(4).astype(object), alone.astype(object)])[COLUMNS]

@@ -18,7 +18,9 @@ import numpy as np
 from .cells import Cell, cell_from_parts, mask_from_cell
 from .dataset import find_dataset
 from .files import write_bytes
-from .images import write_image
+from .images import picture_id, write_image
+from .inputs import picture_files
+from .overlaps import OVERLAPS, write_overlaps
 
 # %% ../nbs/12_synthetic.ipynb #74634cbe
 def wobbly_disc(
@@ -260,6 +262,8 @@ def make_dataset(
             mask = np.repeat(mask[..., None], 3, 2) if index % 10 == 5 else mask
             write_image(out / "train" / "y" / f"{path.stem}_{number}{suffix}", mask)
         write_image(path, image)
+    names = [picture_id(path) for path in picture_files(out / "train" / "x")]
+    write_overlaps(out / OVERLAPS, [("train", name) for name in names])  # each is a field of its own
     write_bytes(done, json.dumps(plan).encode())
     (out / "synthetic-plan.json").unlink()
     return out
