@@ -27,7 +27,7 @@ setup(
     keywords=settings["keywords"],
     license="MIT",
     packages=find_packages(include=["segpc_nb", "segpc_nb.*"]),
-    package_data={"segpc_nb": ["py.typed", "report.html", "report.css", "report.js", "preset_files/*.yaml", "bundle/*", "bundle/*/*"]},
+    package_data={"segpc_nb": ["py.typed", "report.[chj]*", "preset_files/*.yaml", "bundle/*", "bundle/*/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
     extras_require=extras,

@@ -18,7 +18,7 @@ TITLE = "<b>Tom & Jerry</b><img src=x onerror=alert(1)>"
 
 
 def smears():
-    "Two drawn smears; the predicted cells are the drawn ones with scores and scales, less the last; one has no cytoplasm."
+    "Two drawn smears; predicted are the drawn cells with scores and scales, less the last; one has no cytoplasm."
     found, truth = [], {}
     for seed in (3, 4):
         image, cells = make_picture(np.random.default_rng(seed))
@@ -191,12 +191,12 @@ def test_gallery_and_table_sort_together(page):
         page.select_option("#sort", field)
         cards = page.locator("#gallery .card").evaluate_all("nodes => nodes.map(node => node.dataset.key)")
         assert cards == column("cell") and len(cards) == TOTAL
-        known = [float(text) for text in column(title) if text != "–"]
+        known = [float(text) for text in column(title) if text != "\u2013"]
         assert known in (sorted(known), sorted(known, reverse=True))
     page.select_option("#sort", "nc")
-    assert column("N:C ratio")[-2:] == ["–", "–"]  # unknown values are last, whatever the direction
+    assert column("N:C ratio")[-2:] == ["\u2013", "\u2013"]  # unknown values are last, whatever the direction
     page.click("#direction")
-    assert column("N:C ratio")[-2:] == ["–", "–"]
+    assert column("N:C ratio")[-2:] == ["\u2013", "\u2013"]
     page.select_option("#sort", "key")
     assert column("cell")[:2] == ["=4<i>_1", "=4<i>_2"]
 
@@ -375,7 +375,8 @@ def contrast(page, selector):
     "Contrast of a text with what is behind it, as WCAG counts it."
     ink, paper = page.locator(selector).first.evaluate(
         """node => { const color = getComputedStyle(node).color; let back;
-        while (node && /, 0\\)$|transparent/.test(back = getComputedStyle(node).backgroundColor)) node = node.parentElement;
+        while (node && /, 0\\)$|transparent/.test(back = getComputedStyle(node).backgroundColor))
+            node = node.parentElement;
         return [color, back].map(text => text.match(/[\\d.]+/g).slice(0, 3).map(Number)); }"""
     )
 
@@ -416,7 +417,9 @@ def test_nothing_found_and_no_annotation(browser, tmp_path):
     data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
     assert data["scores"] is None and data["pictures"][0]["cells"] == [] and data["unit"] == "px"
     tab = opened(browser.new_context(), tmp_path / "r.html")
-    assert counts(tab) == (0,) * 4 and number(tab, "median N:C ratio") == "–" and visible(tab, ".pictures img") == 1
+    assert (
+        counts(tab) == (0,) * 4 and number(tab, "median N:C ratio") == "\u2013" and visible(tab, ".pictures img") == 1
+    )
     tab.keyboard.press("j")
     tab.keyboard.press("a")
     assert tab.trouble == []
