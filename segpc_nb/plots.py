@@ -23,7 +23,7 @@ from .cells import Cell
 # %% ../nbs/05_plots.ipynb #8e6d73ec
 def _axes(ax: Axes | None, shape: tuple[int, int], width: float = 4.0) -> Axes:
     "The axes given, or new ones of the picture's proportions."
-    return ax or plt.subplots(figsize=(width, width * shape[0] / shape[1]), dpi=70, layout="constrained")[1]
+    return ax or plt.subplots(figsize=(width, width * shape[0] / shape[1]), dpi=56, layout="constrained")[1]
 
 
 def show_picture(
@@ -123,7 +123,7 @@ def show_panel(
     "Draw the picture, the annotation and the prediction side by side."
     if axes is None:
         height = 3 * image.shape[0] / image.shape[1]
-        axes = plt.subplots(1, 3, figsize=(9, height + 0.3), dpi=70, layout="constrained")[1]
+        axes = plt.subplots(1, 3, figsize=(9, height + 0.3), dpi=56, layout="constrained")[1]
     show_picture(image, axes[0], "picture")
     show_cells(image, truth, axes[1], f"annotation, {len(truth)} cells")
     show_cells(image, pred, axes[2], f"prediction, {len(pred)} cells")
