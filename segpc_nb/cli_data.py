@@ -219,7 +219,7 @@ def check(
         "audit": audit_folder(folder, out) if audit else None,
     }
 
-
+# %% ../nbs/61_cli_data.ipynb #ad8835dd
 def check_lines(
     result: dict,  # from `check`
 ) -> str:
