@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dip_statistic', 'dip_test', 'Mixture', 'fit_mixture', 'needed_scale']
 
-# %% ../nbs/81_peaks.ipynb #467ca4fb
+# %% ../nbs/81_peaks.ipynb #4368286f
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy.stats import norm
 from .cells import Cell
 from .regions import nucleus_box
 
-# %% ../nbs/81_peaks.ipynb #ead5fb4c
+# %% ../nbs/81_peaks.ipynb #00335455
 def _convex_below(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     "Positions of the points on the greatest convex curve below all points."
     kept = []
@@ -61,7 +61,7 @@ def dip_statistic(
             return float(gap / 2)
         first, last = first + start, first + stop
 
-# %% ../nbs/81_peaks.ipynb #d393ec67
+# %% ../nbs/81_peaks.ipynb #abcc97db
 def dip_test(
     values: np.ndarray,  # (n,) float
     n_boot: int = 1000,  # uniform samples
@@ -72,7 +72,7 @@ def dip_test(
     exceeded = sum(dip_statistic(rng.uniform(size=len(values))) >= dip for _ in range(n_boot))
     return dip, (1 + exceeded) / (1 + n_boot)
 
-# %% ../nbs/81_peaks.ipynb #4d2f89d6
+# %% ../nbs/81_peaks.ipynb #52c5b7bb
 @dataclass(frozen=True)
 class Mixture:
     "Normal distributions, added with weights."
@@ -97,7 +97,7 @@ class Mixture:
         density = np.exp(logsumexp(self.log_parts(places), 1))
         return places[1:-1][(density[1:-1] > density[:-2]) & (density[1:-1] >= density[2:])]
 
-# %% ../nbs/81_peaks.ipynb #fee5ae9a
+# %% ../nbs/81_peaks.ipynb #2fb9aa00
 def fit_mixture(
     values: np.ndarray,  # (n,) float
     components: int,  # K
@@ -132,7 +132,7 @@ def fit_mixture(
     bic = (3 * components - 1) * np.log(len(values)) - 2 * likelihood
     return Mixture(mixture.means[order], mixture.spreads[order], mixture.weights[order], float(bic))
 
-# %% ../nbs/81_peaks.ipynb #4250ecf8
+# %% ../nbs/81_peaks.ipynb #2557132c
 def needed_scale(
     cell: Cell,  # with a nucleus
 ) -> float:  # 0 or more
