@@ -4,18 +4,16 @@
 
 # %% auto #0
 __all__ = ['OUTLINE_COLORS', 'CELL_COLORS', 'show_picture', 'outlines', 'draw_lines', 'show_cells', 'show_masks', 'show_panel',
-           'show_regions', 'sample_strip', 'show_history']
+           'show_regions']
 
 # %% ../nbs/05_plots.ipynb #c859b15e
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.patheffects import Normal, Stroke
-from matplotlib.ticker import MaxNLocator
 from skimage.measure import find_contours
 
 from .cells import Cell
@@ -157,60 +155,3 @@ def show_regions(
             draw_lines(ax, outlines(mask[0] > 0.5), OUTLINE_COLORS[part])
         line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, rotation=90, ha="right", va="center", fontsize=8)
     return axes
-
-# %% ../nbs/05_plots.ipynb #91c5f1fc
-def sample_strip(
-    pictures: np.ndarray,  # (n, 3, h, w) float RGB, 0..1
-    targets: np.ndarray,  # (n, h, w) bool, annotated
-    found: np.ndarray,  # (n, h, w) bool, predicted
-    height: int = 128,  # of the strip, px
-) -> np.ndarray:  # (height, width, 3) uint8 RGB
-    "Paint samples side by side, the annotated outline in white, the predicted one in black."
-    tiles = []
-    for picture, *masks in zip(pictures, targets, found):
-        size = round(picture.shape[2] * height / picture.shape[1]), height
-        tile = (picture.transpose(1, 2, 0).clip(0, 1) * 255).round().astype(np.uint8)  # (3,h,w) -> (h,w,3)
-        tile = cv2.resize(tile, size, interpolation=cv2.INTER_LINEAR)
-        for mask, color in zip(masks, ((255, 255, 255), (0, 0, 0))):
-            large = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-            lines, _ = cv2.findContours(large, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-            tile = cv2.drawContours(tile, lines, -1, color, 1)
-        tiles.append(tile)
-    return np.hstack(tiles)
-
-# %% ../nbs/05_plots.ipynb #0b3b76ff
-def show_history(
-    history: pd.DataFrame,  # one row per epoch; columns epoch, losses *_loss, scores valid_* in 0..1
-    ax: Axes | None = None,  # where to draw; None makes a figure
-) -> Axes:  # of the losses
-    "Draw the losses and scores of a training."
-    losses = [name for name in history.columns if name.endswith("_loss")]
-    scores = [name for name in history.columns if name.startswith("valid_") and name not in losses]
-    if not len(history) or not losses:
-        raise ValueError(
-            f"history has {len(history)} rows with columns {list(history.columns)}, expected epochs with train_loss"
-        )
-    ax = _axes(ax, (3, 5), width=5.0)
-    epochs = history.get("epoch", history.index)
-    lines = [
-        ax.plot(epochs, history[name], color=color, marker=".", label=name)[0]
-        for name, color in zip(losses, CELL_COLORS[4:])
-    ]
-    ax.set(xlabel="epoch", ylabel="loss")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if scores:
-        right = ax.twinx()
-        lines += [
-            right.plot(epochs, history[name], color=color, marker=".", linestyle="--", label=name)[0]
-            for name, color in zip(scores, CELL_COLORS)
-        ]
-        right.set(ylabel="score", ylim=(0, 1))
-        best = history[scores[0]].to_numpy(float)
-        if np.isfinite(best).any():
-            lines.append(
-                ax.axvline(
-                    np.asarray(epochs)[np.nanargmax(best)], color="grey", linestyle=":", label=f"best {scores[0]}"
-                )
-            )
-    ax.legend(handles=lines, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=len(lines), frameon=False)
-    return ax

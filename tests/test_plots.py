@@ -18,12 +18,12 @@ from segpc_nb.plots import (
     OUTLINE_COLORS,
     outlines,
     show_cells,
-    show_history,
     show_masks,
     show_panel,
     show_picture,
     show_regions,
 )
+from segpc_nb.progress import show_history
 
 SHAPE = (30, 40)
 image = np.random.default_rng(0).integers(0, 256, (*SHAPE, 3), dtype=np.uint8)
