@@ -113,7 +113,11 @@ def add_parameter(
     )
     words = {"help": note if required or default in (None, False) else f"{note} (default: {default})"}
     if get_origin(kinds[0]) is list:
-        words |= {"type": get_args(kinds[0])[0], "nargs": "+", "metavar": "PICTURE_OR_FOLDER" if required else "FOLDER"}
+        words |= {
+            "type": get_args(kinds[0])[0],
+            "nargs": "+",
+            "metavar": "PICTURE_OR_FOLDER" if parameter.name == "pictures" else "FOLDER",
+        }
     elif get_origin(kinds[0]) is Literal:
         choices = get_args(kinds[0])
         words |= {"choices": choices}
