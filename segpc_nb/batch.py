@@ -294,6 +294,9 @@ def pictures_to_do(
     todo = [(k, path) for k, path in enumerate(pictures) if not is_done(journal.get(picture_id(path)), path, out, key)]
     if changed := sum(picture_id(path) in journal and journal[picture_id(path)]["key"] != key for _, path in todo):
         on_progress(f"{changed} pictures were predicted with other options, networks or version: predicted again")
+    left = {picture_id(path) for _, path in todo}
+    if kept := sum(entry["key"] != key for id, entry in journal.items() if entry.get("reviewed") and id not in left):
+        on_progress(f"{kept} pictures were predicted with other options and reviewed: kept; --redo predicts them again")
     return todo
 
 # %% ../nbs/52_batch.ipynb #52571b08

@@ -27,6 +27,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_dumper, set_loader
 import segpc_nb
 from .cli_data import TERMS, check, check_lines, download, scale_lines, scales, synth
 from .cli_predict import evaluate, export, predict, report, score_lines, submit
+from .cli_review import apply_review, review_lines
 from .cli_train import convert_keras, export_model, reproduce, train
 from .config import BundleConfig, TrainConfig
 from .doctor import doctor, doctor_lines
@@ -79,6 +80,13 @@ COMMANDS = {
     "evaluate": Command(evaluate, ("segpc evaluate --truth data/segpc/train --pred found",), (), score_lines, True),
     "submit": Command(submit, ("segpc submit --pred found --out submission.zip",)),
     "report": Command(report, ("segpc report --pred found --pictures my-pictures --out report.html",)),
+    "apply-review": Command(
+        apply_review,
+        ("segpc apply-review found review.json", "segpc apply-review found review.json --undo"),
+        ("folder", "review"),
+        review_lines,
+        True,
+    ),
     "export": Command(
         export,
         (

@@ -305,6 +305,7 @@ def report(
     min_score: float = 0.0,  # leave out cells with a lower score, 0..1; no network runs
 ) -> Path:  # the file
     "Show a folder of predictions as one HTML page."
+    from segpc_nb.history import earlier_marks
     from segpc_nb.journal import read_journal
     from segpc_nb.report import check_replaceable, write_report
 
@@ -323,7 +324,7 @@ def report(
         "least score shown": min_score or None,
         "predicted by": [*ways.values()],
     }
-    write_report(out, shown, annotated, title, how, pixel_size, min_score, count=len(files))
+    write_report(out, shown, annotated, title, how, pixel_size, min_score, earlier_marks(pred)[0], len(files))
     return Path(out)
 
 # %% ../nbs/63_cli_predict.ipynb #3dce49a9

@@ -108,9 +108,13 @@ def is_done(
     out: Path,
     key: str,  # of the options
 ) -> bool:
-    "Was this content predicted this way, and is everything still there?"
+    "Was this content predicted this way, or reviewed, and is everything still there?"
     try:
-        if entry is None or entry["key"] != key or entry.get("content") != content_hash(path):
+        if (
+            entry is None
+            or (entry["key"] != key and not entry.get("reviewed"))
+            or entry.get("content") != content_hash(path)
+        ):
             return False
     except (OSError, ValueError):  # not readable any more: reading it says why
         return False
