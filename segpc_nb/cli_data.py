@@ -191,7 +191,7 @@ def check(
     out: Path | None = None,  # folder of the audit's files; without it FOLDER, and FOLDER/audit for tables and sheets
 ) -> dict:  # folder, found (counts by split), errors (int), problems (list of file, level, problem); audit (or None)
     "Read all files of a data set or a folder of pictures and list what is wrong."
-    from segpc_nb.contact_sheets import audit_folder
+    from segpc_nb.audit_report import audit_folder
     from segpc_nb.dataset import SPLITS, find_dataset, find_split
     from segpc_nb.files import PictureError
     from segpc_nb.inputs import folder_pictures
@@ -224,7 +224,7 @@ def check_lines(
     result: dict,  # from `check`
 ) -> str:
     "The result of `check` as lines of text."
-    from segpc_nb.contact_sheets import audit_lines
+    from segpc_nb.audit_report import audit_lines
 
     lines = [
         f"{split:<11}{', '.join(f'{count} {what}' for what, count in counts.items()) or 'not read'}"
