@@ -133,7 +133,7 @@ def rewrite_table(
     stays = [bool(row.new_id) if row else name not in plan for row, name in zip(rows, names)]
     write_bytes(folder / "cells.csv", table[stays].to_csv(index=False, lineterminator="\n").encode())
 
-
+# %% ../nbs/58_review.ipynb #a2914ba6
 def apply_marks(
     folder: Path,  # of predictions
     path: Path,  # review.json
