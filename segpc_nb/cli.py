@@ -114,18 +114,12 @@ def add_parameter(
 ) -> None:
     "Make a parameter of a function an argument of its command."
     default, required = parameter.default, parameter.default is Parameter.empty
-    kinds = (
-        [kind for kind in get_args(hint) if kind is not type(None)]
-        if get_origin(hint) in (Union, UnionType)
-        else [hint]
-    )
+    union = get_origin(hint) in (Union, UnionType)
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if union else [hint]
     words = {"help": note if required or default in (None, False) else f"{note} (default: {default})"}
     if get_origin(kinds[0]) is list:
-        words |= {
-            "type": get_args(kinds[0])[0],
-            "nargs": "+",
-            "metavar": "PICTURE_OR_FOLDER" if parameter.name == "pictures" else "FOLDER",
-        }
+        many = "PICTURE_OR_FOLDER" if parameter.name == "pictures" else "FOLDER"
+        words |= {"type": get_args(kinds[0])[0], "nargs": "+", "metavar": many}
     elif get_origin(kinds[0]) is Literal:
         choices = get_args(kinds[0])
         words |= {"choices": choices}
