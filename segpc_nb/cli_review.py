@@ -14,7 +14,7 @@ def apply_review(
     review: Path,  # review.json, downloaded from the report
     undo: bool = False,  # take this review back, if it was the last one
 ) -> dict:  # marks, cells before and after, the folder with the former state or None
-    "Take rejected cells and other types out of a folder of predictions, and keep the former state."
+    "Take rejected cells and other types out; the former state is kept."
     from segpc_nb.history import mask_paths
     from segpc_nb.review import apply_marks, read_review, undo_marks
 
