@@ -7,6 +7,7 @@ const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 const MARKS = {accept: "accepted", reject: "rejected", other: "other type"};
 const SIGNS = {accept: "✓", reject: "✕", other: "◆"};
 const CARDS = 48;  // cards that the gallery adds at a time
+const ROWS = 200;  // rows that a short table shows, see report.css
 const SVG_TAGS = new Set(["svg", "path", "g", "rect", "text", "line", "title", "image"]);
 
 const $ = id => document.getElementById(id);
@@ -135,6 +136,11 @@ function refresh() {
   showTable();
   showPlots();
   showViewer();
+}
+
+function longTable() {
+  $("cells").classList.remove("short");
+  $("more-rows").hidden = true;
 }
 
 function showChosen() {
@@ -320,6 +326,8 @@ function showRow(cell) {
 
 function showTable() {
   document.querySelector("#cells tbody").replaceChildren(...order.map(showRow));
+  $("more-rows").hidden = order.length <= ROWS || !$("cells").classList.contains("short");
+  $("more-rows").textContent = `Show all ${order.length} rows`;
   document.querySelectorAll("#cells th").forEach((head, i) => {
     const here = COLUMNS[i][1] === sorting.field;
     here ? head.setAttribute("aria-sort", sorting.down ? "descending" : "ascending") : head.removeAttribute("aria-sort");
@@ -457,6 +465,7 @@ function choose(cell) {  // on the page; what is seen, table or gallery, follows
   chosen = cell;
   showChosen();
   const box = $("cells").parentNode.getBoundingClientRect(), table = box.top < innerHeight * 0.7 && box.bottom > innerHeight * 0.3;
+  if (table && place >= ROWS) longTable();
   (table ? cell.row : $("gallery").querySelector(".chosen")).scrollIntoView({block: "nearest"});
 }
 
@@ -544,6 +553,7 @@ function connect() {
   $("more-cells").addEventListener("click", () => { cards += CARDS; showGallery(); });
   for (const [id, name, wanted] of [["show-nucleus", "no-nucleus", false], ["show-cytoplasm", "no-cytoplasm", false], ["show-numbers", "no-numbers", false], ["show-truth", "no-truth", false], ["by-scale", "by-scale", true]])
     $(id).addEventListener("change", event => { document.body.classList.toggle(name, event.target.checked === wanted); $("legend").hidden = !$("by-scale").checked; });
+  $("more-rows").addEventListener("click", longTable);
   $("csv").addEventListener("click", () => save("cells-of-report.csv", csv(), "text/csv"));
   $("download").addEventListener("click", downloadReview);
   $("load").addEventListener("click", () => $("load-file").click());

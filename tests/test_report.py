@@ -402,6 +402,21 @@ def test_texts_have_contrast(page, scheme):
     assert (int(backs[0]) > 128) == (scheme == "light")
 
 
+def test_a_long_table_is_short_until_it_is_printed(browser, tmp_path):
+    nucleus = np.zeros((9, 9), bool)
+    nucleus[2:6, 2:6] = True
+    cells = [Cell(k, (k, k, k + 9, k + 9), nucleus, ~nucleus) for k in range(205)]
+    write_report(tmp_path / "r.html", [("1", np.full((300, 300, 3), 230, np.uint8), cells)])
+    tab = opened(browser.new_context(), tmp_path / "r.html")
+    assert visible(tab, "#cells tbody tr") == 200 and tab.locator("#more-rows").inner_text() == "Show all 205 rows"
+    tab.emulate_media(media="print")
+    assert visible(tab, "#cells tbody tr") == 205 and not tab.locator("#more-rows").is_visible()
+    tab.emulate_media(media="screen")
+    tab.click("#more-rows")
+    assert visible(tab, "#cells tbody tr") == 205 and not tab.locator("#more-rows").is_visible()
+    tab.context.close()
+
+
 def test_it_fits_laptop_and_phone(page, shoot):
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
