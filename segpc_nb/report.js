@@ -261,8 +261,8 @@ function crop(picture, [x, y, w, h], ...content) {
 
 function makeCard(cell) {
   const {mark, type, note} = review(cell), sign = el("span", {class: "sign " + mark}, mark ? SIGNS[mark] + " " : "");
-  const judged = cell.iou === null ? "" : ` · IoU ${fixed(cell.iou, 2)}`;
-  const lines = [`N:C ${fixed(cell.nc, 2)}`, `score ${fixed(cell.score, 2)}${judged}`, mark === "other" ? type : "", cell.doubtful ? "doubtful" : "", cell.border ? "at the border" : "", note ? "✎ " + note : ""].filter(Boolean);
+  const judged = cell.iou === null ? "" : `IoU ${fixed(cell.iou, 2)}`, warnings = [cell.doubtful ? "doubtful" : "", cell.border ? "border" : ""].filter(Boolean).join(", ");
+  const lines = [`N:C ${fixed(cell.nc, 2)}`, `score ${fixed(cell.score, 2)}`, judged, mark === "other" ? type : "", warnings, note ? "✎ " + note : ""].filter(Boolean);
   const card = el("button", {class: "card " + state(cell), "data-key": cell.key, "aria-label": `cell ${cell.key}, ${MARKS[mark] ?? "not reviewed"}`},
     crop(cell.picture, cell.box, ...drawTruth(cell.picture), drawCell(cell)),
     el("span", {}, sign, el("b", {}, cell.key), ...lines.flatMap(text => [el("br"), text])));
