@@ -38,10 +38,11 @@ lint: setup  ## ruff's rules (pyproject.toml) and layout
 sync: setup  ## are notebooks clean, and do the modules stand as the notebooks export them?
 	$(BIN)/python tests/check_sync.py
 
-format: setup  ## notebooks and tests formatted, modules exported, notebooks cleaned
+format: setup  ## notebooks and tests formatted, modules exported, notebooks cleaned, figures small
 	$(BIN)/ruff format --quiet nbs tests docs
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+	$(BIN)/python nbs/shrink_figures.py
 
 readme: setup  ## README.md from nbs/index.ipynb, docs/results.md from results/
 	$(BIN)/python nbs/readme.py
