@@ -58,7 +58,12 @@ def run_once(
     "The scores of a run, computed unless they are there."
     if not path.exists():
         plain = {
-            id: {"ratios": s.ratios.tolist(), "cells": s.cells, "scores": s.scores.tolist(), "hits": s.hits.tolist()}
+            id: {
+                "ratios": s.ratios.tolist(),
+                "cells": s.cells,
+                "scores": s.scores.tolist(),
+                "hits": ["".join("01"[hit] for hit in row) for row in s.hits.astype(int)],
+            }
             for id, s in compute().items()
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +78,7 @@ def run_once(
             np.array(s["ratios"]),
             s["cells"],
             np.array(s["scores"], float),
-            np.array(s["hits"], bool).reshape(len(s["hits"]), -1),
+            np.array([list(row) for row in s["hits"]], int).reshape(len(s["hits"]), -1).astype(bool),
         )
         for id, s in kept["pictures"].items()
     }

@@ -9,7 +9,6 @@ import yaml
 
 from segpc_nb.dataset import split_samples
 from segpc_nb.metrics import RATIOS
-from segpc_nb.pipeline import SHIPPED
 from segpc_nb.results import write_masks
 from segpc_nb.synthetic import make_dataset
 
@@ -22,7 +21,6 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     data, runs = make_dataset(folder / "data", 10), folder / "runs"
     (runs / "nucleus").mkdir(parents=True)
-    (runs / "bundle").symlink_to(SHIPPED)
     split = split_samples(data)
     for sample in (*split.train, *split.valid):
         write_masks(runs / "nucleus" / "nuclei", sample.id, sample.cells(), sample.image().shape[:2])
@@ -63,14 +61,14 @@ def test_every_variant_is_trained_and_judged(ran):
         assert not any(row["counts"] for row in table)  # one seed shows nothing
     assert any(row["difference"] != 0 for row in result["tables"]["every nucleus"])
     assert result["seeds"] == [0] and result["pictures"]["holdout"] > 0
-    kept = json.loads((out / "plain" / "0.json").read_text())
+    kept = json.loads((out / "runs" / "plain" / "0.json").read_text())
     assert kept["ratios"] == list(RATIOS) and len(kept["pictures"]) == 2 * result["pictures"]["holdout"]
 
 
 def test_a_study_goes_on_where_it_stopped(ran):
     result, out, run = ran
-    (out / "plain" / "0.json").unlink()
-    marked = out / "as it is" / "0.json"
+    (out / "runs" / "plain" / "0.json").unlink()
+    marked = out / "runs" / "as it is" / "0.json"
     before = marked.stat().st_mtime_ns
     assert run()["tables"] == result["tables"]  # the same bits again
     assert marked.stat().st_mtime_ns == before
