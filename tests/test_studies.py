@@ -60,7 +60,7 @@ def test_metrics(drawn, tmp_path):
     space = run_study("5_metrics", data=drawn, out=tmp_path, pictures=1, n_boot=20, area_boot=2)
     result = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     check_facts(result)
-    assert result["pictures"] == 1 and len(list((tmp_path / "candidates").iterdir())) == 1
+    assert result["pictures"] == 1
     found = {(row["variant"], row["score"]): row for row in result["rows"]}
     for variant in space["added"]:
         if variant.startswith("+"):  # more masks never lower the official score, and lower PQ
