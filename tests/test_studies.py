@@ -71,3 +71,22 @@ def test_metrics(drawn, tmp_path):
     assert official == sorted(official, reverse=True)  # a higher limit leaves fewer masks
     assert result["sensitivity"]["official"]["best limit"] == 0
     assert result["sensitivity"]["official"]["area"] == pytest.approx(sum(official) / len(official))
+
+
+def test_rivals(drawn, tmp_path):
+    plan = {"preset": "smoke", "scale": 1.75, "reference": "classes", "seeds": [0]}
+    plan["variants"] = {
+        "plain": {"way": "two stages", "size": [32, 32], "remove": ["channel attention", "refinement"]},
+        "classes": {"way": "watershed"},
+        "objects": {"way": "objects", "lr": 1e-3},
+    }
+    (tmp_path / "plan.yaml").write_text(json.dumps(plan), encoding="utf-8")
+    space = run_study("7_rivals", data=drawn, out=tmp_path, config=tmp_path / "plan.yaml", trial_steps=1)
+    result = json.loads((tmp_path / "rivals.json").read_text(encoding="utf-8"))
+    check_facts(result)
+    assert {row["variant"] for row in result["tables"]["balanced"]} == set(plan["variants"])
+    trained = {name: run[0]["trained"] for name, run in result["facts"].items()}
+    assert set(trained["plain"]) == {"stage one", "stage two"}
+    assert all(part["steps"] == 1 for parts in trained.values() for part in parts.values())
+    assert result["cells"]["all"] == sum(map(len, space["truth"]["holdout"].values()))
+    assert result["cells"]["small"] + result["cells"]["large"] <= result["cells"]["all"]
