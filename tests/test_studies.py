@@ -90,3 +90,16 @@ def test_rivals(drawn, tmp_path):
     assert all(part["steps"] == 1 for parts in trained.values() for part in parts.values())
     assert result["cells"]["all"] == sum(map(len, space["truth"]["holdout"].values()))
     assert result["cells"]["small"] + result["cells"]["large"] <= result["cells"]["all"]
+
+
+@pytest.mark.slow  # a process for each way
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is measured on Linux only")
+def test_cost(tmp_path):
+    space = run_study("8_cost", out=tmp_path, rounds=1, cells=2, sizes="light")
+    result = json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))
+    check_facts(result)
+    rows = {row["way"]: row for row in result["rows"]}
+    assert set(rows) == {name for size, name in space["WAYS"] if size == "light"}
+    assert all(row["seconds"] > 0 and row["peak"] >= row["built"] > 0 for row in rows.values())
+    assert rows["one scale"]["parameters"] < rows["four scales"]["parameters"]
+    assert rows["seven Mask R-CNN"]["parameters"] == 7 * rows["Mask R-CNN"]["parameters"]
