@@ -170,6 +170,6 @@ def memory(
     count: int,  # cells of the picture
 ) -> dict:  # parameters; MB once the networks are built, and at the peak
     "Memory of one way in a process of its own."
-    program = f"from segpc_nb.cost import report_memory; report_memory({size!r}, {name!r}, {count})"
+    program = f"import segpc_nb.cost as cost; cost.report_memory({size!r}, {name!r}, {count})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
