@@ -29,7 +29,7 @@ def effect_text(
     effects: dict[str, tuple[float, float, float]],  # name -> difference, low, high
 ) -> str:
     "Effects as people read them."
-    return "; ".join(f"{name} {mean:+.3f} [{low:+.3f}, {high:+.3f}]" for name, (mean, low, high) in effects.items())
+    return "; ".join(f"{name} {mean:+z.3f} [{low:+z.3f}, {high:+z.3f}]" for name, (mean, low, high) in effects.items())
 
 # %% ../nbs/89_what_holds.ipynb #5ab398ae
 def read_result(
