@@ -103,3 +103,14 @@ def test_cost(tmp_path):
     assert all(row["seconds"] > 0 and row["peak"] >= row["built"] > 0 for row in rows.values())
     assert rows["one scale"]["parameters"] < rows["four scales"]["parameters"]
     assert rows["seven Mask R-CNN"]["parameters"] == 7 * rows["Mask R-CNN"]["parameters"]
+
+
+@pytest.mark.slow  # all pictures seven times
+@pytest.mark.skipif(not (SHIPPED / "bundle.json").exists(), reason="this copy comes without trained networks")
+def test_details(drawn, tmp_path):
+    space = run_study("9_details", data=drawn, out=tmp_path, pictures=1)
+    result = json.loads((tmp_path / "details.json").read_text(encoding="utf-8"))
+    check_facts(result)
+    assert {row["variant"] for row in result["rows"]} == set(space["VARIANTS"])
+    assert all(row["difference"] == 0 for row in result["rows"] if row["variant"] == "as shipped")
+    assert any(row["difference"] != 0 for row in result["rows"] if row["variant"] == "released mask")
