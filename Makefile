@@ -20,7 +20,7 @@ setup: .venv/done  ## the pinned environment in .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[all]'
 	touch $@
 
-reproduce: setup  ## the whole method: PRESET=smoke|light|paper DATA=folder (default: synthetic pictures)
+reproduce: setup  ## the whole method: PRESET=smoke|light|strong|paper DATA=folder (default: synthetic pictures)
 	$(BIN)/python nbs/runs/reproduce.py --preset $(PRESET) --data '$(DATA)' --out $(OUT)
 
 test: setup lint sync  ## all fast tests: library, chapters, style, notebooks in sync
@@ -38,11 +38,11 @@ lint: setup  ## ruff's rules (pyproject.toml) and layout
 sync: setup  ## are notebooks clean, and do the modules stand as the notebooks export them?
 	$(BIN)/python tests/check_sync.py
 
-format: setup  ## notebooks and tests formatted, modules exported, notebooks cleaned, figures small
+format: setup  ## notebooks and tests formatted, modules exported, notebooks cleaned and small
 	$(BIN)/ruff format --quiet nbs tests docs
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
-	$(BIN)/python nbs/shrink_figures.py
+	$(BIN)/python nbs/tidy.py
 
 readme: setup  ## README.md from nbs/index.ipynb, docs/results.md from results/
 	$(BIN)/python nbs/readme.py

@@ -18,7 +18,7 @@ from .config import Resume, Stage
 def train(
     stage: Stage,  # nucleus first, then cytoplasm with the same --out
     out: Path | None = None,  # folder that gets the networks, the same for both stages; needed to train
-    preset: str = "light",  # smoke: minutes; light: a laptop; paper: a GPU; or a YAML file
+    preset: str = "light",  # smoke: minutes; light: a laptop; strong: a night; paper: a GPU; or a YAML file
     data: Path | None = None,  # folder of the data set; without it SEGPC_DATA, or synthetic pictures
     scale: float | None = None,  # train only the cytoplasm network of this scale
     epochs: int | None = None,  # instead of the preset's, as --train.epochs
@@ -26,7 +26,6 @@ def train(
     resume: Resume = "auto",  # auto continues what the folder holds, never starts over
     log_with: str | None = None,  # tensorboard or mlflow, where installed
     cache: Path | None = None,  # folder that keeps the crops of the cytoplasm stage; without it they stay in memory
-    teachers: list[Path] | None = None,  # bundles whose mean answer the cytoplasm networks learn too
     train: dict | None = None,  # fields of `config.TrainConfig` for this stage
     bundle: dict | None = None,  # fields of `config.BundleConfig`
     print_config: bool = False,  # print the whole preset as YAML, for --preset, and exit
@@ -35,7 +34,7 @@ def train(
     from segpc_nb.config import RunOptions
     from segpc_nb.presets import load_preset, override, preset_yaml
 
-    for option, value in (("--scale", scale), ("--cache", cache), ("--teachers", teachers)):
+    for option, value in (("--scale", scale), ("--cache", cache)):
         if stage == "nucleus" and value is not None:
             raise ValueError(f"{option} {value} is for the cytoplasm networks; leave it out")
     changes = (train or {}) | ({"epochs": epochs} if epochs else {})
@@ -56,12 +55,12 @@ def train(
         return [out / "nucleus" / "main"]
     scales = chosen.cytoplasm if scale is None else (scale,)
     for value in scales:
-        train_cytoplasm(chosen, data, out, value, options, cache, tuple(teachers or ()))
+        train_cytoplasm(chosen, data, out, value, options, cache)
     return [out / f"cytoplasm_{value}" for value in scales]
 
 # %% ../nbs/62_cli_train.ipynb #b91d9e66
 def reproduce(
-    preset: str = "smoke",  # smoke: minutes; light: a laptop; paper: a GPU; or a YAML file
+    preset: str = "smoke",  # smoke: minutes; light: a laptop; strong: a night; paper: a GPU; or a YAML file
     data: Path | None = None,  # folder of the data set; without it SEGPC_DATA, or synthetic pictures
     out: Path | None = None,  # folder for all results; without it runs/PRESET
     jobs: int = 1,  # scales trained at the same time

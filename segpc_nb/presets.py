@@ -37,6 +37,10 @@ class Preset:
     min_nucleus_score: float = 0.0  # of the predicted nuclei that stage two trains on
     pictures: int = 300  # size of the synthetic set, where no data is given
     yardstick: bool = False  # also train the one-network alternative
+    seeds: int = 1  # runs whose mean answer the networks learn in the end
+    distil: dict[str, dict] = field(
+        default_factory=dict
+    )  # fields of `TrainConfig` for that, per stage; {} leaves it out
     bundle: dict = field(default_factory=dict)  # fields of `BundleConfig`, except those that the trainings decide
 
     @model_validator(mode="after")
@@ -49,6 +53,9 @@ class Preset:
             ("folds", self.folds >= 2 or self.nuclei == "jittered", "2 or more where nuclei is out-of-fold"),
             ("min_nucleus_score", 0 <= self.min_nucleus_score < 1, "0 <= value < 1"),
             ("pictures", self.pictures > 0, "an integer > 0"),
+            ("seeds", self.seeds > 0, "an integer > 0"),
+            ("distil", set(self.distil) in (set(), {"nucleus", "cytoplasm"}), "nucleus and cytoplasm, or nothing"),
+            ("seeds", self.seeds == 1 or bool(self.distil), "1 where nothing is distilled"),
             ("bundle", set(self.bundle) <= set(allowed), f"any of {', '.join(allowed)}"),
         )
         wrong = [f"{name} = {getattr(self, name)!r}, allowed: {allowed}" for name, ok, allowed in checks if not ok]
@@ -115,7 +122,7 @@ def load_yaml(
         raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
 
 # %% ../nbs/39_presets.ipynb #9dea081a
-PresetName = Literal["smoke", "light", "paper"]
+PresetName = Literal["smoke", "light", "strong", "paper"]
 
 
 PRESETS = get_args(PresetName)  # that come with the package

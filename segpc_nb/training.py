@@ -98,10 +98,11 @@ class Run:
         folder: Path,  # gets latest.pt, best.pt, history.csv and config.json
         data: str = "",  # what the samples are made of
         options: RunOptions = RunOptions(),
+        teach: Callable | None = None,  # (images, target) to the target that is learnt, such as `Teachers`
     ):
         process_state()
         AcceleratorState._reset_state()  # a session may train with one precision after the other
-        self.config, self.folder, self.bare, self.data = config, Path(folder), network, data
+        self.config, self.folder, self.bare, self.data, self.teach = config, Path(folder), network, data, teach
         self.accelerator = Accelerator(
             mixed_precision=resolve_precision(config.mixed_precision),
             log_with=list(options.log_with) or None,
@@ -213,7 +214,7 @@ def train_epoch(
         last = step + 1 in (first + config.accumulate, steps)
         with nullcontext() if last else accelerator.no_sync(run.network):
             with accelerator.autocast():
-                value = loss(run.network(images), target)
+                value = loss(run.network(images), run.teach(images, target) if run.teach else target)
             accelerator.backward(value / min(config.accumulate, steps - first))
         total += value.detach()
         if not last:
@@ -314,9 +315,10 @@ def fit(
     folder: Path,  # gets checkpoints, config.json, history.csv and samples/
     data: str = "",  # what the samples are made of, such as `provenance.data_hash`; a run on other data is refused
     options: RunOptions = RunOptions(),
+    teach: Callable | None = None,  # (images, target) of a batch to the target that is learnt, such as `Teachers`
 ) -> pd.DataFrame:  # one row per epoch: losses, overlap, step size, seconds
     "Train one network, or continue from the checkpoint of the folder; the network ends with the best weights."
-    run, curve = Run(network, config, folder, data, options), None
+    run, curve = Run(network, config, folder, data, options, teach), None
     accelerator, loss = run.accelerator, segmentation_loss(config.loss, config.positive_weight)
     keep_memory()
     batches, train_loader, valid_loader = loaders(run, train_set, valid_set, options.workers)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNLABELED', 'CROPS_VERSION', 'union_mask', 'annotated_cells', 'dark_areas', 'NucleusPictures', 'match_nuclei',
-           'jitter_nucleus', 'training_pairs', 'cell_bytes', 'RegionOptions', 'CellRegions', 'TaughtRegions']
+           'jitter_nucleus', 'training_pairs', 'cell_bytes', 'RegionOptions', 'CellRegions', 'Teachers']
 
 # %% ../nbs/32_training_data.ipynb #57f0c85e
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from skimage.filters import threshold_multiotsu
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from .augmentation import FLIPS
 from .cells import Cell, intersections, window
 from .dataset import Sample
 from .files import cached_array, content_key
@@ -240,27 +241,28 @@ class CellRegions(Dataset):
         return torch.cat([image / 255, masks[:1]]), masks[1:]
 
 # %% ../nbs/32_training_data.ipynb #f3100d66
-class TaughtRegions(Dataset):
-    "Samples of stage two whose targets are the mean of the annotation and of what trained networks answer."
+class Teachers:
+    "What trained networks answer, mixed into the targets of a batch."
 
     def __init__(
         self,
-        samples: Dataset,  # (4, s, s) crops and (1, s, s) masks, such as `CellRegions`
-        teachers: list[torch.nn.Module],  # in eval mode, with an annotation head: (N, 4, s, s) to (N, 2, s, s) logits
+        networks: list[torch.nn.Module],  # in eval mode: (N, C, h, w) to (N, 1 or 2, h, w) logits
     ):
-        if not teachers:
+        if not networks:
             raise ValueError("teachers: none; give at least one trained network")
-        self.samples, self.teachers = samples, teachers
-
-    def __len__(self):
-        return len(self.samples)
+        self.networks = networks
 
     @torch.no_grad()
-    def __getitem__(self, index):
-        crop, mask = self.samples[index]
-        answer = torch.stack([teacher(crop[None])[0].sigmoid() for teacher in self.teachers]).mean(0)
-        if answer.shape[0] != 2:
-            raise ValueError(f"teachers: their answer has {answer.shape[0]} map, expected 2; set annotation_head")
-        annotated = mask.any()
-        outline = (mask + answer[:1]) / 2 if annotated else answer[:1]
-        return crop, torch.cat([outline, (answer[1:] + annotated) / 2])
+    def __call__(
+        self,
+        images: torch.Tensor,  # (N, C, h, w) float, as the network gets them
+        target: torch.Tensor,  # (N, 1, h, w) float map, 0..1
+    ) -> torch.Tensor:  # (N, 1 or 2, h, w) float, 0..1: as many maps as the teachers give
+        "The mean of the annotation and of the teachers' answers, over all of them and all mirror images."
+        views = [network(images.flip(axes)).sigmoid().flip(axes) for network in self.networks for axes in FLIPS]
+        answer = torch.stack(views).mean(0)
+        if answer.shape[1] == 1:
+            return (target + answer) / 2
+        annotated = (target.flatten(1).amax(1) > 0)[:, None, None, None]  # (N,1,h,w) -> (N,1,1,1)
+        outline = torch.where(annotated, (target + answer[:, :1]) / 2, answer[:, :1])
+        return torch.cat([outline, (answer[:, 1:] + annotated) / 2], 1)

@@ -395,7 +395,7 @@ def test_options_from_a_file(smears):
         (["train", "nucleus", "--out", "out", "--train.lr", "-1"], "lr = -1.0, allowed: a number > 0"),
         (
             ["train", "nucleus", "--out", "out", "--preset", "heavy"],
-            "neither one of smoke, light, paper nor a YAML file",
+            "neither one of smoke, light, strong, paper nor a YAML file",
         ),
         (["predict", "x", "--out", "out", "--bundle", "b", "--select", "best"], "keep-all"),
         (["predict", "x", "--out", "out", "--bundle", "b", "--preset", "paper"], "released-bug"),

@@ -46,32 +46,43 @@ def report(executed):
     return path
 
 
+def train(setting, jobs, folder, **common):
+    "Both stages of one run."
+    execute("1_nucleus.ipynb", folder / "nucleus", **common)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+
+    def train_scale(scale):
+        return execute("2_cytoplasm.ipynb", folder / f"cytoplasm_{scale}", **common, scale=scale)
+
+    if setting.first is not None:  # the others start from it
+        train_scale(setting.first)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(train_scale, (scale for scale in setting.cytoplasm if scale != setting.first)))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="smoke", help="smoke, light, paper or a YAML file (default: smoke)")
+    parser.add_argument("--preset", default="smoke", help="smoke, light, strong, paper or a YAML file (default: smoke)")
     parser.add_argument(
         "--data", default="", help="folder of the data set (default: SEGPC_DATA, else synthetic pictures)"
     )
     parser.add_argument("--out", default="", help="folder for all results (default: runs/PRESET)")
     parser.add_argument("--jobs", type=int, default=1, help="scales trained at the same time (default: 1)")
     chosen = parser.parse_args()
+    from segpc_nb.distillation import DISTILLED, seed_presets
     from segpc_nb.presets import PRESETS, load_preset
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     preset = chosen.preset if chosen.preset in PRESETS else str(Path(chosen.preset).resolve())
     setting = load_preset(preset)
     out = Path(chosen.out or f"runs/{Path(preset).stem}").resolve()
-    common = {"preset": preset, "data": str(Path(chosen.data).resolve()) if chosen.data else "", "out": str(out)}
-    execute("1_nucleus.ipynb", out / "nucleus", **common)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // chosen.jobs))
-
-    def train(scale):
-        return execute("2_cytoplasm.ipynb", out / f"cytoplasm_{scale}", **common, scale=scale)
-
-    if setting.first is not None:  # the others start from it
-        train(setting.first)
-    with ThreadPoolExecutor(chosen.jobs) as pool:
-        list(pool.map(train, (scale for scale in setting.cytoplasm if scale != setting.first)))
+    data = str(Path(chosen.data).resolve()) if chosen.data else ""
+    common = {"preset": preset, "data": data, "out": str(out)}
+    runs = {out: preset} if setting.seeds == 1 else seed_presets(setting, out)
+    for folder, own in runs.items():
+        train(setting, chosen.jobs, folder, preset=own, data=data, out=str(folder))
+    if setting.distil:
+        execute("distil.ipynb", out / DISTILLED, **common)
     if setting.yardstick:
         execute("yardstick.ipynb", out / "yardstick", **common)
     print(f"\nReport: {report(execute('3_evaluate.ipynb', out / 'evaluate', **common))}")
