@@ -159,29 +159,31 @@ def check_split(
 
 # %% ../nbs/61_cli_data.ipynb #231e4dc2
 def check_pictures(
-    folder: Path,  # of pictures, not searched deeper
+    folder: Path,  # of pictures, at any depth
 ) -> list[dict]:  # problems as file, level, problem
     "Read every picture of a folder and list the problems."
     from tqdm import tqdm
 
     from segpc_nb.images import PICTURE_SUFFIXES, picture_id
-    from segpc_nb.inputs import folder_pictures, left_out
+    from segpc_nb.inputs import folder_files
     from segpc_nb.slides import read_any
 
-    files, problems = folder_pictures(folder), []
-    names = Counter(map(picture_id, files))
+    (files, others), problems = folder_files(folder), []
+    ids = {path: picture_id(path, folder) for path in files}
+    names = Counter(ids.values())
     for path in tqdm(files, "reading", disable=None):
         try:
             read_any(path)
         except (ValueError, OSError) as error:
-            problems.append({"file": path.name, "level": "error", "problem": str(error).removeprefix(f"{path}: ")})
-        if (count := names[picture_id(path)]) > 1:
-            found = f"{count} pictures are called {picture_id(path)}; rename them, results are named after them"
-            problems.append({"file": path.name, "level": "error", "problem": found})
-    allowed = f"allowed are {' '.join(PICTURE_SUFFIXES)} and .zarr"
-    for path in left_out([folder]):
-        text = "a folder, not searched; give it by itself" if path.is_dir() else f"not read; {allowed}"
-        problems.append({"file": path.name, "level": "warning", "problem": text})
+            text = str(error).removeprefix(f"{path}: ")
+            problems.append({"file": str(path.relative_to(folder)), "level": "error", "problem": text})
+        if (count := names[ids[path]]) > 1:
+            text = f"{count} pictures are called {ids[path]}; rename them, results are named after them"
+            problems.append({"file": str(path.relative_to(folder)), "level": "error", "problem": text})
+    allowed = f"not read; allowed are {' '.join(PICTURE_SUFFIXES)} and .zarr"
+    for path in others:
+        text = "an empty folder" if path.is_dir() else allowed
+        problems.append({"file": str(path.relative_to(folder)), "level": "warning", "problem": text})
     return problems
 
 # %% ../nbs/61_cli_data.ipynb #ea97d5af
@@ -194,7 +196,7 @@ def check(
     from segpc_nb.audit_report import audit_folder
     from segpc_nb.dataset import SPLITS, find_dataset, find_split
     from segpc_nb.files import PictureError
-    from segpc_nb.inputs import folder_pictures
+    from segpc_nb.inputs import folder_files
 
     folder, found, problems = Path(folder), {}, []
     if not folder.is_dir():
@@ -207,7 +209,7 @@ def check(
             problems += more
     if audit and not found:
         raise PictureError(folder, "no data set, which --audit needs", "expected train/x/ID.bmp and train/y/ID_K.bmp")
-    if not found and (pictures := folder_pictures(folder)):
+    if not found and (pictures := folder_files(folder)[0]):
         found, problems = {"pictures": {"pictures": len(pictures)}}, check_pictures(folder)
     elif not found:
         find_dataset(folder)  # says what was expected

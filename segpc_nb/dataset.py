@@ -141,9 +141,10 @@ def find_dataset(
 # %% ../nbs/11_dataset.ipynb #de5ef993
 def picture_of(
     path: Path,  # a mask, ID_K.bmp
+    folder: Path | None = None,  # the id begins below it; None takes the name of the file alone
 ) -> str:  # ID
     "The id of the picture in the name of a mask."
-    return picture_id(path).rpartition("_")[0]
+    return picture_id(path, folder).rpartition("_")[0]
 
 
 def list_samples(

@@ -55,14 +55,16 @@ def write_image(
 # %% ../nbs/04_images.ipynb #b739e577
 def picture_id(
     path: Path,  # of a picture or a mask
+    folder: Path | None = None,  # the id begins below it, as in anna/1; None takes the name of the file alone
 ) -> str:  # text that every system can print and write
     "The name of a file without its suffix, in NFC; bytes that are not UTF-8 are read as Latin-1."
-    stem = Path(path).stem
+    above = () if folder is None else Path(path).parent.relative_to(folder).parts
+    name = "/".join([*above, Path(path).stem])
     try:
-        stem.encode()
+        name.encode()
     except UnicodeEncodeError:
-        stem = os.fsencode(stem).decode("latin-1")
-    return unicodedata.normalize("NFC", stem)
+        name = os.fsencode(name).decode("latin-1")
+    return unicodedata.normalize("NFC", name)
 
 
 def natural_key(

@@ -17,20 +17,18 @@ from segpc_nb.history import (
     CHANGES,
     changes_of,
     earlier_marks,
-    escape_formulas,
     finished_reviews,
     keep_state,
     mask_paths,
     mend_interrupted,
-    plain_texts,
     read_changes,
     read_masks_of,
     rewrite_masks,
     write_changes,
 )
-from .journal import append_entry, one_writer, orderly_end, read_journal
+from .journal import append_entry, one_writer, orderly_end, read_journal, write_summary
 from .report import outline_keys
-from .results import read_results
+from .results import escape_formulas, plain_texts, read_results
 
 # %% ../nbs/58_review.ipynb #8a156b9a
 MARKS = ("accept", "reject", "other", "")
@@ -150,6 +148,7 @@ def apply_marks(
             rewrite_masks(rows, masks[id])
         rewrite_journal(folder, plan)
         rewrite_table(folder, plan)
+        write_summary(folder)
         write_changes(place, pd.concat(plan.values()))
     return place
 

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from .aggregation import Candidate
 from .config import BundleConfig
 from .files import MAX_PIXELS, PictureError
-from .inputs import find_pictures
+from .inputs import name_pictures
 from segpc_nb.inspection import (
     CHOSEN,
     LAYERS,
@@ -98,7 +98,7 @@ def picture_sources(
 ) -> dict[str, np.ndarray | Path]:  # not empty
     "The pictures to choose from."
     if not isinstance(pictures, dict):
-        return {path.name: path for path in find_pictures([Path(pictures)])}
+        return name_pictures([Path(pictures)])
     if not pictures:
         raise ValueError("pictures is empty; give at least one array by its id, or a folder")
     return {str(id): image for id, image in pictures.items()}

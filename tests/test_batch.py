@@ -29,7 +29,7 @@ from segpc_nb.cli_predict import report
 from segpc_nb.config import BundleConfig
 from segpc_nb.hardware import keep_memory
 from segpc_nb.images import write_image
-from segpc_nb.inputs import find_pictures
+from segpc_nb.inputs import name_pictures
 from segpc_nb.journal import JOURNAL, read_journal
 from segpc_nb.pipeline import SHIPPED, Segmenter, load_bundle, save_bundle
 from segpc_nb.runtimes import missing_packages
@@ -208,7 +208,7 @@ def test_links_into_a_store_keep_their_names(drawn, tmp_path):
     (tmp_path / "linked").mkdir()
     for name in ("a.png", "b.png"):
         (tmp_path / "linked" / name).symlink_to(blob)
-    paths = find_pictures([tmp_path / "linked"])
+    paths = list(name_pictures([tmp_path / "linked"]).values())
     assert [path.name for path in paths] == ["a.png", "b.png"]
     assert sorted(predict_pictures(paths, tmp_path / "out").cells) == ["a", "b"]
 
@@ -453,8 +453,8 @@ def test_two_workers_with_the_usual_options_give_the_same(smears, tmp_path):
 def test_a_worker_names_a_bad_picture(drawn, tmp_path):
     (tmp_path / "torn.png").write_bytes(b"no picture")
     batch._worker_segmenter.cache_clear()
-    assert "torn.png" in predict_picture(WANTED, tmp_path / "out", tmp_path / "torn.png", 0).error
-    entry = predict_picture(WANTED, tmp_path / "out", drawn[0], 0).entry
+    assert "torn.png" in predict_picture(WANTED, tmp_path / "out", (0, "torn", tmp_path / "torn.png")).error
+    entry = predict_picture(WANTED, tmp_path / "out", (0, "0", drawn[0])).entry
     batch._worker_segmenter.cache_clear()
     assert entry["picture"] == "0" and len(entry["cells"]) == 1 and json.loads(json.dumps(entry)) == entry
 

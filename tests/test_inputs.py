@@ -24,8 +24,7 @@ import zarr
 from PIL import Image
 
 from segpc_nb.cli import main, make_parser
-from segpc_nb.images import picture_id
-from segpc_nb.inputs import find_pictures
+from segpc_nb.inputs import folder_files
 
 TABLE = Path(__file__).parent.parent / "results" / "inputs.csv"
 COLUMNS = ("group", "kind", "outcome", "exit", "words")
@@ -229,7 +228,7 @@ def picture_row(kind, folder, capsys):
     checked, _ = run(["check", folder], capsys, folder)
     code, said = run(["predict", folder, "--out", out], capsys, folder)
     done = (out / "predicted.jsonl").read_text() if (out / "predicted.jsonl").exists() else ""
-    stems = [picture_id(path) for path in find_pictures([folder]) if path.stem != "good"]
+    stems = [path.stem for path in folder_files(folder)[0] if path.stem != "good"]
     if "left out" in said:
         outcome = "left out"
     elif code:

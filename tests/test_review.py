@@ -28,7 +28,7 @@ def add_prediction(found, path, seed):
         for k, c in enumerate(cells, 1)
     ]
     earlier = read_earlier_table(found)
-    append_entry(found, write_prediction(PredictOptions(), found, read_numbered((0, path)), scored))
+    append_entry(found, write_prediction(PredictOptions(), found, read_numbered((0, path.stem, path)), scored))
     write_results_table(found, earlier, read_journal(found))
 
 
@@ -163,9 +163,9 @@ def test_all_cells_of_a_picture_may_leave(folders, tmp_path, capsys):
 def test_reviewed_pictures_are_not_predicted_again(folders, tmp_path):
     pictures, found = folders
     assert run("apply-review", found, write_marks(tmp_path / "review.json", found, {("3", 1): "reject"})) == 0
-    paths, lines = sorted(pictures.iterdir()), []
+    paths, lines = {path.stem: path for path in sorted(pictures.iterdir())}, []
     todo = pictures_to_do(paths, found, read_journal(found), "other options", False, lines.append)
-    assert [path.name for _, path in todo] == ["=4.png"] and "reviewed: kept" in lines[-1]
+    assert [id for _, id, _ in todo] == ["=4"] and "reviewed: kept" in lines[-1]
     assert len(pictures_to_do(paths, found, read_journal(found), "other options", True, lines.append)) == 2
 
 
