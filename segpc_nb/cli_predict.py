@@ -175,18 +175,18 @@ def report(
     min_score: float = 0.0,  # leave out cells with a lower score, 0..1; no network runs
 ) -> Path:  # the file
     "Show a folder of predictions as one HTML page."
+    from segpc_nb import predictions
     from segpc_nb.history import earlier_marks
     from segpc_nb.journal import read_journal
-    from segpc_nb.predictions import check_min_score, comparable, predicted_pictures, read_predicted, read_predictions
     from segpc_nb.report import check_replaceable, write_report
 
     check_pixel_size(pixel_size)
     check_replaceable(out)
-    check_min_score(min_score)
-    cells, shapes, _ = read_predictions(pred)
-    annotated = comparable(truth, pred)[0] if truth else None
-    files = predicted_pictures(pred, pictures, shapes)
-    shown = ((id, read_predicted(path, shapes[id]), cells[id]) for id, path in files.items())
+    predictions.check_min_score(min_score)
+    cells, shapes, _ = predictions.read_predictions(pred)
+    annotated = predictions.comparable(truth, pred)[0] if truth else None
+    files = predictions.predicted_pictures(pred, pictures, shapes)
+    shown = ((id, predictions.read_predicted(path, shapes[id]), cells[id]) for id, path in files.items())
     ways = {json.dumps(entry.get("way")): entry.get("way") for id, entry in read_journal(pred).items() if id in files}
     how = {
         "predictions": str(pred),
@@ -195,7 +195,9 @@ def report(
         "least score shown": min_score or None,
         "predicted by": [*ways.values()],
     }
-    write_report(out, shown, annotated, title, how, pixel_size, min_score, earlier_marks(pred)[0], len(files))
+    about, points = predictions.facts_of_pictures(pred), predictions.points_of_bundle(pred)
+    reviews, numbers = earlier_marks(pred)[0], (pixel_size, min_score)
+    write_report(out, shown, annotated, title, how, *numbers, reviews, len(files), about, points)
     return Path(out)
 
 # %% ../nbs/63_cli_predict.ipynb #3dce49a9

@@ -21,9 +21,14 @@ function el(name, attributes = {}, ...children) {
   return node;
 }
 
-function median(values) {
-  const sorted = values.filter(value => value !== null).sort((a, b) => a - b);
-  return sorted.length ? sorted[Math.floor(sorted.length / 2)] : null;
+function quantile(values, at) {  // between two values on a straight line, as in summary.csv
+  const sorted = values.filter(value => value !== null).sort((a, b) => a - b), place = (sorted.length - 1) * at, low = Math.floor(place);
+  return sorted.length ? sorted[low] + (place - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]) : null;
+}
+
+function wilson(count, total) {  // the 95% interval of a proportion
+  const z = 1.959963984540054, middle = count + z * z / 2, half = z * Math.sqrt(count * (total - count) / total + z * z / 4);
+  return [(middle - half) / (total + z * z), (middle + half) / (total + z * z)];
 }
 
 const pictures = data.pictures;
@@ -130,6 +135,7 @@ function refresh() {
   order.sort(compare);
   if (order.includes(chosen)) place = order.indexOf(chosen);
   showNumbers();
+  showSummary();
   showGallery();
   showPictures();
   showMissed();
@@ -166,7 +172,7 @@ function showNumbers() {
   const plasma = order.filter(counted), believed = plasma.filter(cell => !cell.doubtful);
   const reviewed = cells.filter(cell => review(cell).mark).length, missed = missedCells().length;
   const rows = [["pictures", pictures.length], ["plasma cells", plasma.length], ["uncertain", plasma.filter(cell => cell.uncertain).length], ["doubtful", plasma.filter(cell => cell.doubtful).length],
-    ["median N:C ratio", fixed(median(believed.map(cell => cell.nc)), 2)], ["median cell area, " + data.unit, fixed(median(plasma.map(cell => cell.area)), data.digits)], ["reviewed", `${reviewed} of ${cells.length}`]];
+    ["median N:C ratio", fixed(quantile(believed.map(cell => cell.nc), 0.5), 2)], ["median cell area, " + data.unit, fixed(quantile(plasma.map(cell => cell.area), 0.5), data.digits)], ["reviewed", `${reviewed} of ${cells.length}`]];
   if (data.scores) rows.push(["missed", `${missed} of ${missable.length}`]);
   $("numbers").replaceChildren(...rows.map(([name, value]) => el("div", {}, el("b", {}, String(value)), name)));
   $("counts").textContent = `${order.length} of ${cells.length} cells`;
@@ -176,6 +182,27 @@ function showNumbers() {
   const count = changed().length;
   $("download").textContent = count ? `Download review (${count})` : "Download review";
   $("download").disabled = !count;
+}
+
+function summaryRow(name, patient, members) {
+  const own = members.flatMap(picture => picture.cells).filter(cell => sure(cell) && counted(cell)), believed = own.filter(cell => !cell.doubtful).map(cell => cell.nc);
+  const plasma = new Set(own.map(cell => cell.picture.id + "/" + cell.of)).size, all = members.some(picture => picture.nuclei === null) ? null : members.reduce((sum, picture) => sum + picture.nuclei, 0);
+  const percent = value => all ? fixed(100 * value, 1) : "–", [low, high] = wilson(Math.min(plasma, all), all);
+  const range = believed.length ? `${fixed(quantile(believed, 0.05), 2)} – ${fixed(quantile(believed, 0.95), 2)}` : "–";
+  return [patient, name, plasma, all ?? "–", percent(plasma / all), all ? `${percent(low)} – ${percent(high)}` : "–", fixed(quantile(believed, 0.5), 2), range, own.filter(cell => cell.doubtful).length];
+}
+
+function showSummary() {
+  const patients = [...new Set(pictures.map(picture => picture.patient))].filter(Boolean).sort(natural.compare);
+  const rows = [["all", summaryRow(`${pictures.length} pictures`, "all", pictures)]];
+  for (const patient of patients) {
+    const own = pictures.filter(picture => picture.patient === patient);
+    rows.push(["patient", summaryRow(own.length === 1 ? "1 picture" : `${own.length} pictures`, patient, own)]);
+  }
+  rows.push(...pictures.map(picture => ["", summaryRow(picture.id, picture.patient, [picture])]));
+  const head = ["patient", "picture", "plasma cells", "nucleated cells", "plasma cells, %", "95% interval", "median N:C", "N:C, 5% to 95%", "doubtful"];
+  $("summary").tHead.replaceChildren(el("tr", {}, ...head.map((name, k) => el("th", k < 2 ? {class: "text"} : {}, name))));
+  $("summary").tBodies[0].replaceChildren(...rows.map(([kind, values]) => el("tr", {class: kind}, ...values.map((value, k) => el("td", k < 2 ? {class: "text"} : {}, String(value))))));
 }
 
 function histogram(name, values, digits) {
@@ -547,6 +574,12 @@ document.addEventListener("keydown", event => {
 function connect() {
   for (const id of ["score", "search"]) $(id).addEventListener("input", refreshSoon);
   $("filter").addEventListener("change", refresh);
+  for (const [name, score] of Object.entries(data.points)) {
+    const point = el("button", {title: `score from ${fixed(score, 2)}`}, name);
+    point.addEventListener("click", () => { $("score").value = score; refresh(); });
+    $("points").append(point);
+    $("ticks").append(el("option", {value: fixed(score, 2), label: name}));
+  }
   $("sort").append(el("option", {value: "", hidden: ""}, "a column of the table"), ...Object.entries(SORTS).map(([field, [name]]) => el("option", {value: field}, name)));
   $("sort").addEventListener("change", () => sortBy($("sort").value, SORTS[$("sort").value][1]));
   $("direction").addEventListener("click", () => sortBy(sorting.field, !sorting.down));

@@ -118,7 +118,8 @@ def cell_entry(
         "doubtful": not cell.nc_ratio <= MAX_NC_RATIO,
         "iou": None if iou is None else round(iou, 4),
     }
-    return {"k": k, "outline": outline, "uncertain": bool(cell.score < UNCERTAIN)} | areas | outlines | place | rest
+    about = {"k": k, "of": int(cell.id), "outline": outline, "uncertain": bool(cell.score < UNCERTAIN)}
+    return about | areas | outlines | place | rest
 
 # %% ../nbs/54_report.ipynb #afb60b85
 def score_entries(
@@ -212,6 +213,8 @@ def write_report(
     min_score: float = 0.0,  # cells with a lower score are left out, 0..1
     reviews: dict[str, dict[str, dict]] | None = None,  # picture -> name of a cell -> mark, type and note
     count: int | None = None,  # of the pictures, where `pictures` does not know it
+    about: dict[str, dict] | None = None,  # picture -> patient, and nuclei: how many stage one found
+    points: dict[str, float] | None = None,  # operating points: name -> least score
 ) -> None:
     "Write the report of some pictures in one step."
     check_replaceable(path)
@@ -222,7 +225,8 @@ def write_report(
         kept = {k: cell for k, cell in enumerate(cells, 1) if not cell.score < min_score}
         shapes[id], found[id] = image.shape[:2], list(kept.values())
         annotated, earlier = None if truth is None else truth.get(id), (reviews or {}).get(id, {})
-        entries.append(picture_entry(id, image, kept, keys, annotated, unit, limit, earlier))
+        entry = picture_entry(id, image, kept, keys, annotated, unit, limit, earlier)
+        entries.append(entry | {"patient": "", "nuclei": None} | (about or {}).get(id, {}))
         names.append(f"{id} {' '.join(sorted(keys.values()))}")
     data = {
         "title": title,
@@ -232,7 +236,7 @@ def write_report(
         "how": how or {},
         "pictures": entries,
     }
-    data |= {"unit": "µm²" if pixel_um else "px", "digits": 1 if pixel_um else 0}
+    data |= {"unit": "µm²" if pixel_um else "px", "digits": 1 if pixel_um else 0, "points": points or {}}
     if truth is not None:  # pictures without annotation have no scores
         found, shapes = ({id: of[id] for id in found if id in truth} for of in (found, shapes))
         truth = {id: truth[id] for id in found}

@@ -447,3 +447,22 @@ def test_three_hundred_pictures_stay_light(tmp_path):
     cells = make_picture(rng)[1]
     write_report(tmp_path / "r.html", ((str(i), noise, cells) for i in range(60)), count=300)
     assert (tmp_path / "r.html").stat().st_size < 25_000_000 / 5
+
+
+def test_operating_points_move_the_slider(browser, tmp_path):
+    found, _ = smears()
+    about, points = {"3": {"patient": "anna", "nuclei": 9}}, {"sensitive": 0.1, "precise": 0.55}
+    write_report(tmp_path / "r.html", found, about=about, points=points)
+    page = opened(browser.new_context(), tmp_path / "r.html")
+    assert page.locator("#points button").all_inner_texts() == ["sensitive", "precise"]
+    page.locator("#points button").last.click()
+    left = [cell for _, _, cells in found for cell in cells if cell.score >= 0.55]
+    assert counts(page) == (len(left),) * 4 and 0 < len(left) < TOTAL
+    rows = [row.split("\t") for row in page.locator("#summary tbody tr").all_inner_texts()]
+    assert [row[3] for row in rows] == [
+        "\N{EN DASH}",
+        "9",
+        "9",
+        "\N{EN DASH}",
+    ]  # nobody counted the nuclei of the second picture
+    assert sum(int(row[2]) for row in rows[2:]) == len(left) and page.trouble == []
