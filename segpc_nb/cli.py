@@ -26,7 +26,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_dumper, set_loader
 
 import segpc_nb
 from .cli_data import TERMS, check, check_lines, download, scale_lines, scales, synth
-from .cli_predict import evaluate, export, predict, report, score_lines, submit
+from .cli_predict import evaluate, export, next_step, predict, report, score_lines, submit
 from .cli_review import apply_review, review_lines
 from .cli_train import convert_keras, export_model, reproduce, train
 from .config import BundleConfig, TrainConfig
@@ -224,9 +224,11 @@ def print_predictions(
     **options,  # of `predict`
 ) -> int:  # exit code
     "Predict pictures, and print what was found and what failed."
+    from tqdm import tqdm
+
     from segpc_nb.inputs import left_out
 
-    found = predict(**options, on_progress=(lambda line: None) if json else print)
+    found = predict(**options, on_progress=(lambda line: None) if json else tqdm.write)  # which lets the bar stand
     failed = {str(path): why for path, why in found.failed.items()}
     if json:
         others = [str(path) for path in left_out(options["pictures"])]
@@ -257,9 +259,6 @@ def run_command(
         print(f"{options['out']}: {found}")
     elif command == "reproduce":
         function(**options)
-    elif command == "submit":
-        function(**options)
-        print(options["out"])
     elif command == "convert-keras":
         print(f"{options['out']}: {function(**options)}")
     else:
@@ -336,7 +335,10 @@ def main(
             )
         chosen = parser.parse_args(preset_of_config(words))
         options = {name: value for name, value in chosen[chosen.command].as_dict().items() if name != "config"}
-        return run_command(chosen.command, options)
+        code = run_command(chosen.command, dict(options))
+        if not (code or options.get("json")) and sys.stdout.isatty() and (line := next_step(chosen.command, options)):
+            print(line)
+        return code
     except (ArgumentError, ValueError, OSError, ImportError) as error:
         more = "; `segpc doctor` shows what is broken here, and the fix" if isinstance(error, ImportError) else ""
         more = f"; `segpc {words[0]} --help` shows the words" if isinstance(error, ArgumentError) else more
