@@ -231,6 +231,7 @@ def export(
 # %% ../nbs/63_cli_predict.ipynb #5e34ff92
 NEXT = {
     "synth": "segpc check {out}; segpc predict {out}/train/x --out found",
+    "import": "segpc check {out}; segpc train nucleus --data {out} --out runs/mine",
     "predict": "counts in {out}/summary.csv; segpc report --pred {out} --pictures {pictures} --out report.html",
     "report": "open {out} in a browser. Its marks come back with: segpc apply-review {pred} review.json",
     "apply-review": "segpc export --pred {folder} --to geojson --out qupath; other formats: segpc export --help",

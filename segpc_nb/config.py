@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'SCHEDULES', 'PRECISIONS', 'BUNDLE_VERSION', 'OperatingPoint', 'OPERATING_POINTS', 'Selection', 'SELECTIONS',
-           'Backend', 'Method', 'ExportFormat', 'Stage', 'Resume', 'TrainConfig', 'RunOptions', 'BundleConfig']
+           'Backend', 'Method', 'ExportFormat', 'ImportFormat', 'SplitName', 'Stage', 'Resume', 'TrainConfig',
+           'RunOptions', 'BundleConfig']
 
 # %% ../nbs/31_config.ipynb #fd6c4c75
 from dataclasses import field, replace
@@ -177,5 +178,7 @@ SELECTIONS = get_args(Selection)
 Backend = Literal["torch", "torch-bf16", "onnxruntime", "openvino", "openvino-bf16", "auto"]  # what the networks run in
 Method = Literal["project", "released", "released-bug"]  # this project's inference, or that of the authors' code
 ExportFormat = Literal["coco", "geojson", "labels", "table"]
+ImportFormat = Literal["coco", "geojson", "labels"]
+SplitName = Literal["train", "validation", "test"]
 Stage = Literal["nucleus", "cytoplasm"]
 Resume = Literal["auto", "never"]  # continue what a folder holds, or start over
