@@ -59,14 +59,15 @@ class PredictOptions:
     device: str = "cpu"  # where the networks run
     backend: str = "torch"  # what they run in, one of `backends.BACKENDS` or "auto"
     min_score: float | None = None  # cells below it are dropped, except by keep-all; None takes that of the bundle
+    mirrors: bool = True  # mean over mirror images, where the bundle wants it
 
     @cached_property
     def key(self) -> str:
         "A hash of the options, of the content of the bundle, and of the version."
         folder = SHIPPED if self.bundle is None else Path(self.bundle)
         files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors"))
-        given = (self.select, self.nucleus_px, self.preset, self.backend, self.min_score, segpc_nb.__version__)
-        return content_key(repr(given), *files)[:16]
+        given = (self.select, self.nucleus_px, self.preset, self.backend, self.min_score, self.mirrors)
+        return content_key(repr((*given, segpc_nb.__version__)), *files)[:16]
 
     @cached_property
     def words(self) -> dict:
@@ -86,6 +87,8 @@ def load_segmenter(
     segmenter = load_bundle(options.bundle, options.device)
     if options.min_score is not None:
         segmenter.config = replace(segmenter.config, min_score=options.min_score)
+    if not options.mirrors:
+        segmenter.config = replace(segmenter.config, flips=False, nucleus_flips=False)
     return with_backend(segmenter, options.backend)
 
 # %% ../nbs/52_batch.ipynb #41a67d37
