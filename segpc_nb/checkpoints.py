@@ -6,14 +6,16 @@
 __all__ = ['save_checkpoint', 'load_checkpoint', 'StopRequest']
 
 # %% ../nbs/35_checkpoints.ipynb #6dbea347
+import io
 import os
 import signal
 import threading
+import zipfile
 from pathlib import Path
 
 import torch
 
-from .files import atomic_path
+from .files import atomic_path, reading
 
 # %% ../nbs/35_checkpoints.ipynb #9c3ab9ef
 def save_checkpoint(
@@ -38,15 +40,12 @@ def load_checkpoint(
     path: Path,  # a file from `save_checkpoint`
 ) -> dict:  # what was saved, tensors on the CPU
     "Read a checkpoint without running code in it."
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:  # missing or not readable, which is no reason to delete it
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{path} is no checkpoint of a training run ({str(error).splitlines()[0]}); "
-            "delete it to train from the start"
-        ) from error
+    with reading(path, "no checkpoint of a training run", "delete it to train from the start"):
+        with zipfile.ZipFile(path) as files, zipfile.ZipFile(sound := io.BytesIO(), "w") as copy:
+            for name in files.namelist():
+                copy.writestr(name, files.read(name))  # compares the checksum, which torch does not
+        sound.seek(0)
+        return torch.load(sound, map_location="cpu", weights_only=True)
 
 # %% ../nbs/35_checkpoints.ipynb #42991eaf
 class StopRequest:

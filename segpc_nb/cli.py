@@ -33,6 +33,7 @@ from .cli_review import apply_review, review_lines
 from .cli_train import convert_keras, export_model, reproduce, train
 from .config import BundleConfig, TrainConfig
 from .doctor import doctor, doctor_lines
+from .files import read_file
 from .presets import FROM_TRAINING, load_yaml
 
 # %% ../nbs/79_cli.ipynb #0ad00ef2
@@ -309,7 +310,7 @@ def preset_of_config(
     words = list(words)
     for place, (option, file) in enumerate(pairwise(words)):
         if words[0] in ("train", "reproduce") and option == "--config" and Path(file).is_file():
-            values = load_yaml(Path(file).read_text(encoding="utf-8"), file)
+            values = load_yaml(read_file(file), file)
             if isinstance(values, dict) and {"nucleus", "cytoplasm"} <= values.keys():
                 words[place] = "--preset"
     return words

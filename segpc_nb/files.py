@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WRITE_FIXES', 'MAX_PIXELS', 'MAX_BYTES', 'NO_FILE', 'CACHE_LIMIT', 'DAY', 'atomic_path', 'write_bytes',
-           'PictureError', 'check_file', 'read_file', 'content_key', 'evict_oldest', 'checksum', 'open_cached',
-           'cached_array']
+           'PictureError', 'reading', 'check_file', 'read_file', 'content_key', 'evict_oldest', 'checksum',
+           'open_cached', 'cached_array']
 
 # %% ../nbs/03_files.ipynb #3c4c1fa8
 import errno
@@ -56,7 +56,7 @@ def write_bytes(
 
 # %% ../nbs/03_files.ipynb #57198a24
 class PictureError(ValueError):
-    "A picture or mask that can't be used: names the file, what was found, what is allowed and the fix."
+    "A picture or another file that can't be used: names the file, what was found, what is allowed and the fix."
 
     def __init__(
         self,
@@ -69,6 +69,22 @@ class PictureError(ValueError):
 
     def __reduce__(self):  # so that the parts reach the main process from a worker
         return type(self), (self.path, self.found, self.fix)
+
+# %% ../nbs/03_files.ipynb #1e3cdd08
+@contextmanager
+def reading(
+    path: Path,  # the file
+    found: str,  # what it means if this block fails
+    fix: str,  # what is allowed, and how to get there
+) -> Iterator[None]:
+    "A block in which every error is one of a damaged file."
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PictureError) or (isinstance(error, OSError) and error.filename):
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise PictureError(path, f"{found} ({type(error).__name__}{': ' * bool(why)}{why})", fix) from error
 
 # %% ../nbs/03_files.ipynb #36acc312
 MAX_PIXELS = 150_000_000  # of a picture that is read as a whole

@@ -17,7 +17,7 @@ import pandas as pd
 
 from .cells import Cell, cell_from_mask
 from .dataset import instance_number, picture_of
-from .files import write_bytes
+from .files import reading, write_bytes
 from .images import PictureError, natural_key, read_mask
 from .journal import JOURNAL, append_entry, read_journal, write_summary
 from .report import outline_keys
@@ -99,8 +99,13 @@ def read_changes(
     place: Path,  # of a review in the history
 ) -> pd.DataFrame:  # as `write_changes`, all texts
     "What became of the cells."
-    table = pd.read_csv(place / CHANGES, dtype=str, keep_default_na=False)
-    return table.assign(**{name: plain_texts(table[name]) for name in ("picture", "type", "note")})
+    path, texts = place / CHANGES, ("picture", "type", "note")
+    with reading(path, "no readable table", f"copy it from a backup, or delete {place} to forget this review"):
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+        for name, allowed in (("id", "[0-9]+"), ("new_id", "[0-9]*"), ("outline", ".+")):
+            if not table[name].str.fullmatch(allowed).all():
+                raise ValueError(f"column {name} holds something else")
+        return table.assign(**{name: plain_texts(table[name]) for name in texts})
 
 # %% ../nbs/57_history.ipynb #79e6568d
 def finished_reviews(

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import segmentation_models_pytorch as smp
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from segmentation_models_pytorch.base import SegmentationModel
 from segmentation_models_pytorch.base.hub_mixin import SMPHubMixin
@@ -22,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .encoders import load_lite0, stride_16_encoder
+from .files import PictureError, read_file, reading
 from segpc_nb.layers import (
     AtrousPyramid,
     BranchAttention,
@@ -312,32 +312,27 @@ def load_network(
 ) -> nn.Module:  # in eval mode, float32, on the CPU
     "Read a network; offline, without running anything from the files."
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found, fix = "holds no network", "expected config.json and model.safetensors from save_network"
+    if missing := [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]:
+        raise PictureError(folder, f"{found} (no {missing[0]})", fix)
+    with reading(folder, found, fix):
+        config = json.loads(read_file(folder / "config.json"))
         tensors = load_file(folder / "model.safetensors")
         if not isinstance(config, dict) or not isinstance(config.get("network"), dict):
             raise ValueError("config.json has no network")
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise ValueError(
-            f"{folder} holds no network ({error}); expected config.json and model.safetensors from save_network"
-        ) from error
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{folder} has format_version {config.get('format_version')}, "
             f"this version reads {FORMAT_VERSION}; update segpc_nb"
         )
-    try:  # the weights are in the folder, whatever the configuration says of others
+    fix = "take the folder again from its source"
+    with reading(folder / "config.json", "describes no network", fix):
+        # the weights are in the folder, whatever the configuration says of others
         network = build_network(
             **config["network"] | {"encoder_weights": None} | ({"activation": None} if logits else {})
         )
-    except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} describes no network ({error})") from error
-    try:
+    with reading(folder, "model.safetensors and config.json do not belong together", fix):
         network.load_state_dict(
             {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         )
-    except RuntimeError as error:
-        raise ValueError(
-            f"{folder}: model.safetensors and config.json do not belong together; {str(error)[:300]}"
-        ) from error
     return network.eval()

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .files import PictureError, write_bytes
+from .files import PictureError, reading, write_bytes
 
 # %% ../nbs/10_overlaps.ipynb #26581339
 WIDTH = 256  # px that a picture is reduced to for the search
@@ -234,10 +234,8 @@ def read_overlaps(
 ) -> tuple[tuple[str, str], ...]:  # pairs of these ids
     "Read which pictures of a split overlap; a picture that was never looked at is an error."
     fix, needed = "run `segpc check FOLDER --audit` again, or delete the file", COLUMNS[:4]
-    try:
+    with reading(path, "no readable table", fix):
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    except (ValueError, OSError) as error:
-        raise PictureError(path, f"no readable table ({error})", fix) from error
     if missing := [name for name in needed if name not in table]:
         raise PictureError(path, f"no column {', '.join(missing)}", f"{', '.join(needed)} are needed; {fix}")
     table = table[needed]

@@ -17,7 +17,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 import segpc_nb
 from segpc_nb.aggregation import (
@@ -33,7 +32,7 @@ from segpc_nb.aggregation import (
 )
 from .cells import Cell
 from .config import SELECTIONS, BundleConfig
-from .files import write_bytes
+from .files import PictureError, read_file, reading, write_bytes
 from .grids import resize_image
 from .hardware import resolve_device
 from .images import equalize_histogram
@@ -306,15 +305,11 @@ def read_bundle_config(
 ) -> BundleConfig:
     "Read the numbers of a bundle, without its networks."
     folder = SHIPPED if folder is None else Path(folder)
-    try:
-        return BundleConfig(**json.loads((folder / "bundle.json").read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(
-            f"{folder} holds no bundle (no readable bundle.json); "
-            "make one with `make reproduce` or Segmenter.save_bundle"
-        ) from error
-    except (json.JSONDecodeError, ValidationError, TypeError) as error:
-        raise ValueError(f"{folder / 'bundle.json'} is not valid: {error}") from error
+    path, fix = folder / "bundle.json", "make one with `make reproduce` or Segmenter.save_bundle"
+    if not path.is_file():
+        raise PictureError(folder, "holds no bundle (no readable bundle.json)", fix)
+    with reading(path, "is not valid", fix):
+        return BundleConfig(**json.loads(read_file(path)))
 
 
 def named_min_score(

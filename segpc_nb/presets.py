@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 import segpc_nb
 from .config import BundleConfig, TrainConfig
+from .files import read_file, reading
 
 # %% ../nbs/39_presets.ipynb #03e14975
 FROM_TRAINING = ("nucleus_size", "scales", "region_sizes", "equalize", "unlabeled", "format_version")
@@ -112,14 +113,12 @@ _PlainLoader.add_implicit_resolver(
 
 
 def load_yaml(
-    text: str,
-    source: str = "YAML",  # file or option, for errors
+    text: str | bytes,
+    source: str | Path = "YAML",  # file or option, for errors
 ):  # dict, list, str, int, float, bool or None
     "Read plain YAML; anything else is refused."
-    try:
+    with reading(source, "no plain YAML", "correct it"):
         return yaml.load(text, _PlainLoader)  # noqa: S506 - a subclass of the safe loader
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
 
 # %% ../nbs/39_presets.ipynb #9dea081a
 PresetName = Literal["smoke", "light", "strong", "paper"]
@@ -149,7 +148,7 @@ def load_preset(
     path = Path(segpc_nb.__file__).parent / "preset_files" / f"{preset}.yaml" if preset in PRESETS else Path(preset)
     if not path.is_file():
         raise ValueError(f"preset {str(preset)!r} is neither one of {', '.join(PRESETS)} nor a YAML file")
-    values = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    values = load_yaml(read_file(path), path)
     if not isinstance(values, dict):
         raise ValueError(
             f"{path}: {type(values).__name__}, expected the fields of a preset, as in `segpc train --print_config`"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .files import write_bytes
+from .files import read_file, reading, write_bytes
 from segpc_nb.history import (
     CHANGES,
     changes_of,
@@ -38,10 +38,8 @@ def read_review(
     path: Path,  # review.json
 ) -> dict[str, dict[str, dict]]:  # picture -> outline of a cell -> cell (its number), mark, type, note
     "Read what the page of a report wrote."
-    try:
-        review = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); download the review from the report again") from error
+    with reading(path, "no JSON", "download the review from the report again"):
+        review = json.loads(read_file(path))
     if not isinstance(review, dict) or (review.get("format"), review.get("version")) != ("segpc review", 1):
         raise ValueError(f'{path} is not a review of version 1; give the file that "Download review" in a report wrote')
     texts, marks = ("picture", "outline", "mark", "type", "note"), defaultdict(dict)

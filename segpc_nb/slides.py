@@ -8,6 +8,7 @@ __all__ = ['MICROSCOPE', 'UNITS', 'Slide', 'read_multiscale', 'open_slide', 'rea
 
 # %% ../nbs/06_slides.ipynb #e999d40c
 import html
+import math
 import re
 from pathlib import Path
 
@@ -105,11 +106,11 @@ def open_slide(
     except Exception as error:
         fix = "it is damaged or of another kind; take it again from the source"
         raise PictureError(path, f"no readable slide ({type(error).__name__}: {error})", fix) from error
-    planes = np.prod([n for n, axis in zip(blocks.shape, axes) if axis not in "yxc"], dtype=float)
+    planes = math.prod(n for n, axis in zip(blocks.shape, axes) if axis not in "yxc")
     if planes > 1:
-        raise PictureError(path, f"{planes:.0f} pictures", "only the first would be seen; write each into its own file")
-    if (size := np.prod(blocks.chunks, dtype=float)) > 4 * MAX_BLOCK:
-        raise PictureError(path, f"blocks of {size:,.0f} values", f"at most {4 * MAX_BLOCK:,} fit; use smaller blocks")
+        raise PictureError(path, f"{planes} pictures", "only the first would be seen; write each into its own file")
+    if (size := math.prod(blocks.chunks)) > 4 * MAX_BLOCK:
+        raise PictureError(path, f"blocks of {size:,} values", f"at most {4 * MAX_BLOCK:,} fit; use smaller blocks")
     return slide
 
 # %% ../nbs/06_slides.ipynb #bab3fb58
@@ -120,7 +121,7 @@ def read_any(
     path, large = Path(path), False
     if path.suffix.lower() == ".zarr":
         slide = open_slide(path)
-        return slide if np.prod(slide.shape[:2], dtype=float) > MAX_PIXELS else slide[:, :]
+        return slide if math.prod(slide.shape[:2]) > MAX_PIXELS else slide[:, :]
     if path.suffix.lower() in (".tif", ".tiff"):
         check_file(path)
         try:

@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from .files import write_bytes
+from .files import read_file, write_bytes
 from .metrics import RATIOS, PictureScores, compare_methods
 from .presets import explain_invalid, load_yaml
 
@@ -46,7 +46,7 @@ def load_study(
 ) -> Study:
     "Read what a study compares."
     try:
-        return TypeAdapter(Study).validate_python(load_yaml(Path(path).read_text(encoding="utf-8"), str(path)))
+        return TypeAdapter(Study).validate_python(load_yaml(read_file(path), path))
     except ValidationError as error:
         raise ValueError(f"{path}: {explain_invalid(error)}") from error
 

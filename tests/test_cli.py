@@ -403,7 +403,7 @@ def test_options_from_a_file(smears):
             ["predict", "x", "--out", "out", "--bundle", "b", "--preset", "released", "--select", "fuse"],
             "leave one of them out",
         ),
-        (["predict", "x", "--out", "out", "--bundle", "b", "--preset", "released"], "cytoplasm_0.5 holds no network"),
+        (["predict", "x", "--out", "out", "--bundle", "b", "--preset", "released"], "cytoplasm_0.5: holds no network"),
         (
             ["predict", "x", "--out", "out", "--bundle", "b", "--colour", "red"],
             "--colour red; `segpc predict --help` shows the words",
@@ -538,8 +538,8 @@ def test_convert_keras_refuses_in_one_line(tmp_path, capsys):
         file.create_group("dense_1").attrs["weight_names"] = [b"dense_1/kernel:0"]
         file["dense_1/dense_1/kernel:0"] = np.zeros((5, 2), np.float32)
     cases = {
-        ("missing.hdf5", "out"): "missing.hdf5 can't be read as HDF5 weights",
-        ("text.hdf5", "out"): "text.hdf5 can't be read as HDF5 weights",
+        ("missing.hdf5", "out"): "missing.hdf5: no such file",
+        ("text.hdf5", "out"): "text.hdf5: can't be read as HDF5 weights",
         ("other.hdf5", "out"): "some other network",
         ("other.hdf5", "text.hdf5"): "is a file; give the folder",
         ("other.hdf5",): "out",

@@ -169,7 +169,9 @@ def test_the_table_of_the_readme_is_that_of_the_run():
     assert len(rows) == len(found) == 8
 
 
-@pytest.mark.parametrize("path", sorted((root / "results").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", map((root / "results").joinpath, ("light.json", "smoke.json")), ids=lambda path: path.stem
+)
 def test_the_results_page_has_every_row_of_the_runs(path):
     text = (root / "docs" / "results.md").read_text(encoding="utf-8")
     assert [row for row in score_rows(path.stem) if row not in text] == []

@@ -110,16 +110,28 @@ def test_what_is_no_keras_file(tmp_path):
     (tmp_path / "text.h5").write_text("hello")
     with h5py.File(tmp_path / "torn.h5", "w") as file:
         file.attrs["layer_names"] = names(["gone"])
-    for name in ("text.h5", "torn.h5", "missing.h5"):
-        with pytest.raises(ValueError, match=f"{name} can't be read as HDF5 weights of Keras"):
+    with pytest.raises(ValueError, match=r"missing\.h5: no such file"):
+        read_keras(tmp_path / "missing.h5")
+    for name in ("text.h5", "torn.h5"):
+        with pytest.raises(ValueError, match=f"{name}: can't be read as HDF5 weights of Keras"):
             read_keras(tmp_path / name)
     with h5py.File(tmp_path / "words.h5", "w") as file:
         write(file, {"conv": {"conv/kernel": np.array([b"word"])}})
     whole = (tmp_path / "words.h5").read_bytes()
     (tmp_path / "half.h5").write_bytes(whole[: len(whole) // 2])
     for name in ("words.h5", "half.h5"):
-        with pytest.raises(ValueError, match=f"{name} can't be read as HDF5 weights of Keras"):
+        with pytest.raises(ValueError, match=f"{name}: can't be read as HDF5 weights of Keras"):
             read_keras(tmp_path / name)
+    for name, options in {"virtual": {}, "huge": {"shape": (10**10,), "chunks": (10**6,)}}.items():
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            write(file, {"conv": {"conv/kernel": np.ones(3)}})
+            del file["conv/conv/kernel:0"]
+            if options:
+                file.create_dataset("conv/conv/kernel:0", dtype=np.float32, **options)
+            else:
+                file["conv/conv/kernel:0"] = h5py.ExternalLink("words.h5", "conv/conv/kernel:0")
+        with pytest.raises(ValueError, match=r"in another file|has 10,000,000,000 numbers"):
+            read_keras(tmp_path / f"{name}.h5")
     with h5py.File(tmp_path / "empty.h5", "w"):
         pass
     with pytest.raises(ValueError, match=r"the file ends after 0 layers.*some other network"):

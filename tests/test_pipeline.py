@@ -372,7 +372,7 @@ def test_networks_saved_to_give_probabilities_give_the_same_cells(tmp_path):
         ({"format_version": 2}, "update segpc_nb"),
         ({"colour": 1}, "colour"),
         ({"min_score": "high"}, "min_score"),
-        (None, "bundle.json is not valid"),
+        (None, "bundle.json: is not valid"),
     ],
 )
 def test_broken_bundles_are_refused(tmp_path, change, message):
@@ -386,7 +386,7 @@ def test_unfinished_bundles_are_none(tmp_path):
     with pytest.raises(ValueError, match="holds no bundle"):
         load_bundle(tmp_path)
     (tmp_path / "bundle.json").write_text('{"nucleus_size": [96, 128]}', encoding="utf-8")
-    with pytest.raises(ValueError, match="nucleus holds no network"):
+    with pytest.raises(ValueError, match="nucleus: holds no network"):
         load_bundle(tmp_path)
 
 

@@ -180,7 +180,7 @@ def test_what_is_refused(folders, tmp_path, capsys):
     (tmp_path / "changed" / "y" / "3_1.png").write_bytes(files["3_2.png"])
     for words, said in (
         (("apply-review", pictures, marks), "holds no predictions; give the --out of `segpc predict`"),
-        (("apply-review", found, found / "cells.csv"), "is not JSON"),
+        (("apply-review", found, found / "cells.csv"), "no JSON"),
         (("apply-review", found, tmp_path / "none.json"), "none.json"),
         (("apply-review", other, marks), "it is the review of another folder"),
         (("apply-review", tmp_path / "changed", marks), "the cells changed since the report was made"),
