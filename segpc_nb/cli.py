@@ -125,7 +125,7 @@ def add_parameter(
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if union else [hint]
     words = {"help": note if required or default in (None, False) else f"{note} (default: {default})"}
     if get_origin(kinds[0]) is list:
-        many = {"pictures": "PICTURE_OR_FOLDER", "teachers": "FOLDER"}.get(parameter.name, "NAME")
+        many = "PICTURE_OR_FOLDER" if parameter.name == "pictures" else "NAME"
         words |= {"type": get_args(kinds[0])[0], "nargs": "+", "metavar": many}
     elif get_origin(kinds[0]) is Literal:
         choices = get_args(kinds[0])

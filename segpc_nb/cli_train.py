@@ -26,6 +26,7 @@ def train(
     resume: Resume = "auto",  # auto continues what the folder holds, never starts over
     log_with: str | None = None,  # tensorboard or mlflow, where installed
     cache: Path | None = None,  # folder that keeps the crops of the cytoplasm stage; without it they stay in memory
+    start: str | None = None,  # package, or a bundle's folder: go on from its networks, and write OUT/bundle
     train: dict | None = None,  # fields of `config.TrainConfig` for this stage
     bundle: dict | None = None,  # fields of `config.BundleConfig`
     print_config: bool = False,  # print the whole preset as YAML, for --preset, and exit
@@ -44,19 +45,21 @@ def train(
     if out is None:
         raise ValueError("--out is missing; give the folder that gets the networks")
     from segpc_nb.hardware import process_state
-    from segpc_nb.recipes import train_cytoplasm, train_nucleus
+    from segpc_nb.pipeline import SHIPPED
+    from segpc_nb.recipes import train_cytoplasm, train_nucleus, update_bundle
     from segpc_nb.synthetic import default_data
 
     with process_state().main_process_first():  # one process draws the synthetic pictures, the others find them
         out, data = Path(out), Path(data) if data else default_data(chosen.pictures)
     options = RunOptions(workers, resume, (log_with,) if log_with else (), live=False)
+    begin, scales = SHIPPED if start == "package" else start, chosen.cytoplasm if scale is None else (scale,)
     if stage == "nucleus":
-        train_nucleus(chosen, data, out, options)
-        return [out / "nucleus" / "main"]
-    scales = chosen.cytoplasm if scale is None else (scale,)
-    for value in scales:
-        train_cytoplasm(chosen, data, out, value, options, cache)
-    return [out / f"cytoplasm_{value}" for value in scales]
+        train_nucleus(chosen, data, out, options, begin)
+    else:
+        for value in scales:
+            train_cytoplasm(chosen, data, out, value, options, cache, begin)
+    made = [out / "nucleus" / "main"] if stage == "nucleus" else [out / f"cytoplasm_{value}" for value in scales]
+    return [*made, *([update_bundle(begin, out)] if begin and process_state().is_main_process else [])]
 
 # %% ../nbs/62_cli_train.ipynb #b91d9e66
 def reproduce(

@@ -234,3 +234,32 @@ def test_label_pictures_of_other_sizes_and_types(place, name):
         write(Path(folder / "l" / name), values)
         with pytest.raises(ValueError, match=r"12\.\w+: labels of shape"):
             import_annotation(folder / "l", [folder / "x"], folder / "mine")
+
+
+def test_training_goes_on_from_a_bundle_and_makes_one(place, monkeypatch):
+    from segpc_nb import recipes
+    from segpc_nb.cli_train import train
+    from segpc_nb.config import BundleConfig
+    from segpc_nb.models import build_network
+    from segpc_nb.pipeline import Segmenter, load_bundle
+
+    folder = place[0]
+    networks = [build_network("unet", in_channels=channels, widths=(4, 8)) for channels in (3, 4)]
+    Segmenter(networks[0], {1.75: networks[1]}, BundleConfig((96, 128), (1.75,), (48,))).save_bundle(folder / "old")
+    seen = []
+
+    def finish(config, train_set, valid_set, out, files, seed, preset, start=None, options=None, **facts):
+        seen.append((config.network, start))
+        recipes.save_network(networks[0], out / "weights")
+        return networks[0], None
+
+    monkeypatch.setattr(recipes, "train_network", finish)
+    monkeypatch.setattr(recipes, "write_nuclei", lambda *arguments: None)
+    words = {"data": folder / "mine", "start": str(folder / "old"), "train": {"size": (96, 128), "crop": None}}
+    cli.synth(folder / "mine", pictures=14)
+    made = train("nucleus", folder / "run", "smoke", **words)
+    assert made == [folder / "run" / "nucleus" / "main", folder / "run" / "bundle"]
+    assert seen[0][1] == folder / "old" / "nucleus" and seen[0][0]["widths"] == [4, 8]
+    assert load_bundle(folder / "run" / "bundle").config == load_bundle(folder / "old").config
+    with pytest.raises(ValueError, match=r"cytoplasm_0.5|works at"):
+        train("cytoplasm", folder / "run", "smoke", folder / "mine", scale=0.5, start=str(folder / "old"))
