@@ -54,6 +54,7 @@ docs: setup  ## the documentation site, offline, in _docs/html
 bundle: setup  ## the networks of runs/light become those of the package
 	rm -rf segpc_nb/bundle/nucleus segpc_nb/bundle/cytoplasm_*
 	cp -r runs/light/bundle/. segpc_nb/bundle/
+	$(BIN)/python -c 'from segpc_nb.graphs import write_graphs; write_graphs()'
 
 lab: setup  ## open the chapters and runs in JupyterLab
 	$(BIN)/jupyter lab nbs

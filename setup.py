@@ -25,7 +25,8 @@ setup(
     author_email=settings["author_email"],
     url=settings["git_url"],
     keywords=settings["keywords"],
-    license="MIT",
+    license_expression=settings["license"],  # the code, and the networks that come with it
+    license_files=["LICENSE", "segpc_nb/bundle/LICENSE"],
     packages=find_packages(include=["segpc_nb", "segpc_nb.*"]),
     package_data={"segpc_nb": ["py.typed", "report.[chj]*", "preset_files/*.yaml", "bundle/*", "bundle/*/*"]},
     python_requires=">=" + settings["min_python"],

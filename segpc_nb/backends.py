@@ -26,6 +26,7 @@ import platformdirs
 import torch
 
 from .files import content_key, write_bytes
+from .hardware import thread_count
 from .inference import network_device, predict_probabilities
 from .pipeline import Segmenter
 from segpc_nb.runtimes import (
@@ -151,7 +152,7 @@ def environment() -> dict:
     return {
         "versions": versions,
         "cpu": models[0] if models else platform.processor(),
-        "threads": torch.get_num_threads(),
+        "threads": thread_count(),
     }
 
 # %% ../nbs/46_backends.ipynb #58bfa9e6
@@ -162,7 +163,7 @@ def fastest_backend(
     "The fastest backend for a segmenter: measured once, then remembered."
     keys = [network_key(part.network) for part in network_parts(segmenter)]
     installed = [backend for backend in ("torch", *EXTRAS) if not missing_packages(backend)]
-    if installed == ["torch"] or network_device(segmenter.nucleus_network).type != "cpu":  # a GPU is PyTorch's
+    if installed == ["torch"] or network_device(segmenter.nucleus_network) != "cpu":  # a GPU is PyTorch's
         return "torch"
     folders = cache_folders(cache)
     facts = environment() | {"pixels": segmenter.pixels, "config": asdict(segmenter.config)}
@@ -205,7 +206,7 @@ def with_backend(
     parts = network_parts(segmenter)
     if backend == "torch-bf16":
         nucleus, *cells = map(Bfloat16Network, networks)
-    elif device.type != "cpu":
+    elif device != "cpu":
         raise ValueError(
             f"backend = {backend!r} computes on the CPU, the networks are on {device}; use the backend 'torch' or "
             "the device 'cpu'"

@@ -12,20 +12,19 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 import segpc_nb
-from .backends import with_backend
 from .cells import Cell
 from .files import content_key, write_bytes
-from .hardware import keep_memory
+from .hardware import keep_memory, set_thread_count
 from .images import natural_key, picture_id
+from .inference import graph_file, usual_backend
 from .interchange import qupath_features
 from segpc_nb.journal import (
     JOURNAL,
@@ -42,7 +41,6 @@ from segpc_nb.journal import (
 )
 from .patients import keep_patients
 from .pipeline import SHIPPED, PictureSegmenter, Segmenter, load_bundle
-from .released import load_released
 from .results import DERIVED, cells_table, write_masks
 from .slides import Slide, pixel_size, read_any
 from .streaming import failure_text, overlap_io
@@ -57,7 +55,7 @@ class PredictOptions:
     nucleus_px: float | str = "auto"  # longest side of a typical nucleus, px; "field"; "auto" estimates it
     preset: str = "project"  # or one of `released.RELEASED_PRESETS`
     device: str = "cpu"  # where the networks run
-    backend: str = "torch"  # what they run in, one of `backends.BACKENDS` or "auto"
+    backend: str = field(default_factory=usual_backend)  # what they run in, one of `backends.BACKENDS` or "auto"
     min_score: float | None = None  # cells below it are dropped, except by keep-all; None takes that of the bundle
     mirrors: bool = True  # mean over mirror images, where the bundle wants it
 
@@ -83,13 +81,21 @@ def load_segmenter(
     "The networks, ready, in a process that keeps its memory."
     keep_memory()
     if options.preset != "project":
+        from segpc_nb.released import load_released
+
         return load_released(options.bundle, options.preset, options.device)
-    segmenter = load_bundle(options.bundle, options.device)
+    graph = graph_file(Path(options.bundle or SHIPPED) / "nucleus")  # with it, PyTorch is not loaded
+    ready = options.backend == "onnxruntime" and (graph or usual_backend() == "onnxruntime")
+    segmenter = load_bundle(options.bundle, options.device, "onnxruntime" if ready else "torch")
     if options.min_score is not None:
         segmenter.config = replace(segmenter.config, min_score=options.min_score)
     if not options.mirrors:
         segmenter.config = replace(segmenter.config, flips=False, nucleus_flips=False)
-    return with_backend(segmenter, options.backend)
+    if not ready and options.backend != "torch":
+        from segpc_nb.backends import with_backend
+
+        return with_backend(segmenter, options.backend)
+    return segmenter
 
 # %% ../nbs/52_batch.ipynb #41a67d37
 @dataclass(frozen=True, eq=False)
@@ -181,7 +187,7 @@ def predict_here(
 def _worker_segmenter(options: PredictOptions, threads: int | None):
     "The networks of a worker, loaded once."
     if threads:
-        torch.set_num_threads(threads)
+        set_thread_count(threads)
     return load_segmenter(options)
 
 

@@ -32,7 +32,7 @@ from .cli_predict import evaluate, export, next_step, predict, report, score_lin
 from .cli_review import apply_review, review_lines
 from .cli_train import convert_keras, export_model, reproduce, train
 from .config import BundleConfig, TrainConfig
-from .doctor import doctor, doctor_lines
+from .doctor import TRAIN_MODULES, doctor, doctor_lines
 from .files import read_file
 from .presets import FROM_TRAINING, load_yaml
 
@@ -340,6 +340,7 @@ def main(
         return code
     except (ArgumentError, ValueError, OSError, ImportError) as error:
         more = "; `segpc doctor` shows what is broken here, and the fix" if isinstance(error, ImportError) else ""
+        more = "; pip install 'segpc_nb[train]' brings it" if getattr(error, "name", "") in TRAIN_MODULES else more
         more = f"; `segpc {words[0]} --help` shows the words" if isinstance(error, ArgumentError) else more
         print(f"segpc: error: {own_words(error, words)}{more}", file=sys.stderr)
         return 2

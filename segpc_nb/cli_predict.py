@@ -20,7 +20,7 @@ def check_predict_options(
     select: str | None,
     preset: str,
     nucleus_px: float | None,
-    backend: str,
+    backend: str | None,
     min_score: float | None,
     operating_point: str | None = None,
 ) -> None:
@@ -66,7 +66,7 @@ def predict(
     device: str = "cpu",  # where the networks run: cpu, cuda, mps, or auto
     preset: Method = "project",  # this project; released, the authors' code; released-bug, with its wrong equalisation
     nucleus_px: float | None = None,  # longest side of a typical nucleus, px; without it estimated
-    backend: Backend = "torch",  # what the networks run in; auto measures once and takes the fastest
+    backend: Backend | None = None,  # what the networks run in; without it torch, or onnxruntime where that is missing
     cluster: str | None = None,  # dask scheduler whose workers predict; local starts them here
     redo: bool = False,  # also pictures that were done before
     min_score: float | None = None,  # report cells from this score on, 0..1; less finds more cells, and more false ones
@@ -77,6 +77,7 @@ def predict(
 ):  # batch.PredictResult: what was found, skipped, and failed
     "Find the cells of pictures and write masks and measurements."
     from segpc_nb.batch import PredictOptions, predict_pictures
+    from segpc_nb.inference import usual_backend
     from segpc_nb.inputs import left_out, left_out_line
     from segpc_nb.patients import read_patients
     from segpc_nb.pipeline import named_min_score
@@ -85,6 +86,7 @@ def predict(
     check_predict_options(bundle, select, preset, nucleus_px, backend, min_score, operating_point)
     if operating_point is not None:
         min_score = named_min_score(bundle, operating_point)
+    backend = backend or usual_backend()
     numbers = select or "paper", nucleus_px or "auto", preset, device, backend, min_score, not no_mirrors
     options = PredictOptions(bundle, *numbers)
     found = known_names(out, pictures)

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['TRIM_THRESHOLD', 'MMAP_THRESHOLD', 'resolve_precision', 'accelerators', 'resolve_device', 'keep_memory',
-           'process_state']
+           'thread_count', 'set_thread_count', 'process_state']
 
 # %% ../nbs/30_hardware.ipynb #ab406017
 import ctypes
 import os
 import platform
-
-import torch
+import sys
 
 # %% ../nbs/30_hardware.ipynb #0934c8e2
 def resolve_precision(
@@ -20,6 +19,8 @@ def resolve_precision(
     "The number format of a training on this machine."
     if wanted != "auto":
         return wanted
+    import torch
+
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     able = getattr(torch.cpu, "get_capabilities", dict)()
@@ -35,6 +36,8 @@ def resolve_device(
     wanted: str,  # "auto", or the name of a device: "cpu", "cuda", "cuda:1", "mps"
 ) -> str:  # `wanted`; for "auto" one of "cuda", "mps", "cpu"
     "The device that networks run on; one that can't be used is refused."
+    import torch
+
     if wanted == "auto":
         return (*accelerators(), "cpu")[0]
     try:
@@ -63,9 +66,27 @@ def keep_memory(
         library.malloc_trim(0)
     return bool(told)
 
+# %% ../nbs/30_hardware.ipynb #a27e0150
+def thread_count() -> int:  # at least 1
+    "How many threads a network uses."
+    if torch := sys.modules.get("torch"):
+        return torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0]) or cores
+
+
+def set_thread_count(
+    count: int,  # at least 1
+) -> None:
+    "Let networks use this many threads, those that are loaded later too."
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(count)
+
 # %% ../nbs/30_hardware.ipynb #1ec618a3
 def process_state():  # accelerate.PartialState with num_processes, process_index, is_main_process, device
     "This process among those of its launcher, on GPUs or processors."
+    import torch
     from accelerate import PartialState
 
     on_cpus = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()

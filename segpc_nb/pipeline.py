@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 
 import segpc_nb
 from segpc_nb.aggregation import (
@@ -36,8 +35,7 @@ from .files import PictureError, read_file, reading, write_bytes
 from .grids import resize_image
 from .hardware import resolve_device
 from .images import equalize_histogram
-from .inference import predict_probabilities
-from .models import channels_last, load_network, save_network
+from .inference import is_module, open_graph, predict_probabilities, usual_backend
 from .nuclei import find_nuclei, nuclei_in_tiles
 from .nucleus_size import MAX_GRID, estimate_nucleus_px, network_grid
 from .regions import crop_regions
@@ -192,9 +190,10 @@ class Segmenter:
             raise ValueError(f"{found}; give one network per scale")
         self.nucleus_network, self.cell_networks = nucleus_network, cell_networks
         self.config, self.pixels = config, pixels
-        for network in (nucleus_network, *cell_networks.values()):
-            if isinstance(network, torch.nn.Module):
-                channels_last(network.eval())
+        for network in filter(is_module, (nucleus_network, *cell_networks.values())):
+            from segpc_nb.models import channels_last
+
+            channels_last(network.eval())
 
     def find_nuclei(
         self,
@@ -290,6 +289,8 @@ def save_bundle(
     half: bool = False,  # store 16-bit weights
 ) -> None:
     "Write a segmenter as a folder."
+    from segpc_nb.models import save_network
+
     folder = Path(folder)
     save_network(segmenter.nucleus_network, folder / "nucleus", half)
     for scale, network in segmenter.cell_networks.items():
@@ -327,12 +328,19 @@ def named_min_score(
 def load_bundle(
     folder: Path | None = None,  # from `save_bundle`; None for the bundle that comes with the package
     device: str = "cpu",  # where the networks go: "auto", "cpu", "cuda", "cuda:1", "mps"
+    backend: str | None = None,  # "torch" or "onnxruntime"; None takes PyTorch where it is installed
 ) -> Segmenter:
     "Read a segmenter from its folder."
-    device, config = resolve_device(device), read_bundle_config(folder)
-    folder = SHIPPED if folder is None else Path(folder)
-    networks = {scale: load_network(folder / f"cytoplasm_{scale}", logits=True).to(device) for scale in config.scales}
-    return Segmenter(load_network(folder / "nucleus", logits=True).to(device), networks, config)
+    config, folder = read_bundle_config(folder), SHIPPED if folder is None else Path(folder)
+    places = [folder / name for name in ("nucleus", *(f"cytoplasm_{scale}" for scale in config.scales))]
+    if (backend or usual_backend()) == "torch":
+        from segpc_nb.models import load_network
+
+        device = resolve_device(device)
+        nucleus, *cells = [load_network(place, logits=True).to(device) for place in places]
+    else:
+        nucleus, *cells = [open_graph(place, device) for place in places]
+    return Segmenter(nucleus, dict(zip(config.scales, cells)), config)
 
 
 Segmenter.save_bundle, Segmenter.from_bundle = save_bundle, staticmethod(load_bundle)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'EXTRAS', 'PACKAGES', 'TOLERANCE', 'ONNX_VERSION', 'missing_packages', 'import_runtime', 'NetworkPart',
-           'network_parts', 'network_key', 'max_difference', 'Bfloat16Network', 'OnnxRuntimeNetwork', 'OpenVinoNetwork',
-           'open_network', 'explicit_padding', 'check_parity', 'onnx_bytes', 'export_onnx', 'export_bundle']
+           'network_parts', 'network_key', 'max_difference', 'Bfloat16Network', 'OpenVinoNetwork', 'open_network',
+           'explicit_padding', 'check_parity', 'onnx_model', 'onnx_bytes', 'export_onnx', 'export_bundle']
 
 # %% ../nbs/44_runtimes.ipynb #185779b9
 import copy
@@ -26,6 +26,8 @@ from timm.layers import Conv2dSame
 
 from .config import Backend
 from .files import content_key, write_bytes
+from .hardware import thread_count
+from .inference import ArrayNetwork, OnnxRuntimeNetwork
 from .nucleus_size import GRID_STEP
 from .pipeline import Segmenter, load_bundle
 
@@ -33,7 +35,7 @@ from .pipeline import Segmenter, load_bundle
 BACKENDS = tuple(name for name in get_args(Backend) if name != "auto")
 EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}  # what to install for a backend
 PACKAGES = {
-    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "onnxruntime": ("onnx", "onnxscript"),
     "openvino": ("onnx", "onnxscript", "openvino"),
 }  # what comes with it
 
@@ -112,7 +114,8 @@ def max_difference(
     with torch.inference_mode():
         for shape in inputs:
             images = torch.rand(shape, generator=generator)
-            differences.append((network(images).float().sigmoid() - other(images).float().sigmoid()).abs().max())
+            one, another = (torch.as_tensor(which(images)).float().sigmoid() for which in (network, other))
+            differences.append((one - another).abs().max())
     return float(torch.stack(differences).max())
 
 # %% ../nbs/44_runtimes.ipynb #05f3f2b6
@@ -132,26 +135,7 @@ class Bfloat16Network(torch.nn.Module):
             return self.network(images).float()
 
 
-class OnnxRuntimeNetwork:
-    "A network in ONNX Runtime."
-
-    def __init__(
-        self,
-        content: bytes,  # an ONNX file
-    ):
-        runtime = import_runtime("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3  # errors only
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait sleep
-        self.session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:  # (N, C, h, w) float32 to (N, 1, h, w) float32 logits
-        "Logits of a batch."
-        (logits,) = self.session.run(None, {"images": np.ascontiguousarray(images.numpy())})
-        return torch.from_numpy(logits)
-
-
-class OpenVinoNetwork:
+class OpenVinoNetwork(ArrayNetwork):
     "A network in OpenVINO."
 
     def __init__(
@@ -163,14 +147,14 @@ class OpenVinoNetwork:
         settings = {
             "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_NUM_THREADS": thread_count(),
         }
         self.compiled, self.lock = core.compile_model(core.read_model(content), "CPU", settings), threading.Lock()
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:  # (N, C, h, w) float32 to (N, 1, h, w) float32 logits
+    def __call__(self, images: np.ndarray) -> np.ndarray:  # (N, C, h, w) float32 to (N, 1 or 2, h, w) float32 logits
         "Logits of a batch."
         with self.lock:  # it has one place for its answer
-            return torch.from_numpy(self.compiled(np.ascontiguousarray(images.numpy()))[0])
+            return self.compiled(np.ascontiguousarray(images))[0].copy()
 
 
 def open_network(
@@ -222,13 +206,13 @@ def check_parity(
         )
 
 # %% ../nbs/44_runtimes.ipynb #a60010e6
-def onnx_bytes(
+def onnx_model(
     part: NetworkPart,  # what to write
     facts: dict[str, str] | None = None,  # more metadata
-) -> bytes:  # an ONNX file
-    "A network as ONNX, after comparing both."
-    runtime = "openvino" if missing_packages("onnxruntime") else "onnxruntime"
-    import_runtime(runtime)
+    fold: bool = True,  # compute layers into each other; False keeps weights as they are
+):  # onnx.ModelProto
+    "A network as a model of ONNX."
+    import_runtime("onnxruntime")
     import onnx
 
     network = copy.deepcopy(part.network)
@@ -244,6 +228,7 @@ def onnx_bytes(
         "input_names": ["images"],
         "output_names": ["logits"],
         "verbose": False,
+        "optimize": fold,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's about its own code
@@ -256,8 +241,16 @@ def onnx_bytes(
     }
     onnx.helper.set_model_props(model, about | (facts or {}))
     onnx.checker.check_model(model, full_check=True)
-    content = model.SerializeToString()
-    check_parity(part, open_network(runtime, part.network, content), TOLERANCE["float32"], f"{part.name} as ONNX")
+    return model
+
+
+def onnx_bytes(
+    part: NetworkPart,  # what to write
+    facts: dict[str, str] | None = None,  # more metadata
+) -> bytes:  # an ONNX file
+    "A network as ONNX, after comparing both."
+    content = onnx_model(part, facts).SerializeToString()
+    check_parity(part, OnnxRuntimeNetwork(content), TOLERANCE["float32"], f"{part.name} as ONNX")
     return content
 
 # %% ../nbs/44_runtimes.ipynb #2d25b848

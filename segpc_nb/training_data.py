@@ -18,12 +18,11 @@ from skimage.filters import threshold_multiotsu
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from .augmentation import FLIPS
 from .cells import Cell, intersections, window
 from .dataset import Sample
 from .files import cached_array, content_key
 from .grids import resize_image, resize_mask
-from .images import equalize_histogram
+from .images import FLIPS, equalize_histogram
 from .label_shift import true_nuclei
 from .regions import crop_regions
 

@@ -139,10 +139,9 @@ def test_a_healthy_installation(capsys):
     names = {finding["name"] for finding in diagnosis["findings"]}
     assert {
         "python",
-        "torch",
-        "torchvision",
-        "timm",
+        "onnxruntime",
         "opencv-python-headless",
+        "extra train",
         "memory",
         "disk",
         "GPU",
@@ -156,7 +155,7 @@ def test_a_healthy_installation(capsys):
 def test_a_broken_installation(monkeypatch, capsys):
     there = doctor.installed
     monkeypatch.setattr(
-        doctor, "installed", lambda name: {"opencv-python": "4.10", "timm": None}.get(name, there(name))
+        doctor, "installed", lambda name: {"opencv-python": "4.10", "tqdm": None}.get(name, there(name))
     )
     monkeypatch.setitem(sys.modules, "torchvision", None)
     assert run("doctor", "--json") == 1
@@ -165,8 +164,11 @@ def test_a_broken_installation(monkeypatch, capsys):
         for finding in json.loads(capsys.readouterr().out)["findings"]
         if finding["level"] == "error"
     }
-    assert set(errors) >= {"OpenCV", "timm", "import torchvision"}
-    assert errors["timm"]["fix"] == "pip install 'timm'" and "pip uninstall -y opencv-python" in errors["OpenCV"]["fix"]
+    assert set(errors) >= {"OpenCV", "tqdm", "import torchvision"}
+    assert (
+        errors["tqdm"]["fix"].startswith("pip install 'tqdm")
+        and "pip uninstall -y opencv-python" in errors["OpenCV"]["fix"]
+    )
 
 
 def test_a_broken_bundle_is_an_error(monkeypatch, tmp_path):
