@@ -28,7 +28,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_dumper, set_loader
 import segpc_nb
 from .cli_data import TERMS, check, check_lines, download, scale_lines, scales, synth
 from .cli_import import import_annotation, import_lines
-from .cli_predict import evaluate, export, next_step, predict, report, score_lines, submit
+from .cli_predict import evaluate, export, next_step, predict, report, score_lines, submit, view
 from .cli_review import apply_review, review_lines
 from .cli_train import convert_keras, export_model, reproduce, train
 from .config import BundleConfig, TrainConfig
@@ -83,6 +83,7 @@ COMMANDS = {
     "evaluate": Command(evaluate, ("segpc evaluate --truth data/segpc/train --pred found",), (), score_lines, True),
     "submit": Command(submit, ("segpc submit --pred found --out submission.zip",)),
     "report": Command(report, ("segpc report --pred found --pictures my-pictures --out report.html",)),
+    "view": Command(view, ("segpc view my-pictures",), ("pictures",)),
     "apply-review": Command(
         apply_review,
         ("segpc apply-review found review.json", "segpc apply-review found review.json --undo"),
@@ -256,7 +257,7 @@ def run_command(
         print(TERMS, flush=True)
         found = ", ".join(f"{split} {count} pictures" for split, count in function(**options).items())
         print(f"{options['out']}: {found}")
-    elif command == "reproduce":
+    elif command in ("reproduce", "view"):
         function(**options)
     elif command == "convert-keras":
         print(f"{options['out']}: {function(**options)}")

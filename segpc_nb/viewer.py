@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['START_RATIO', 'WIDE', 'draw_png', 'pyramid_html', 'picture_sources', 'open_picture', 'threshold_sliders',
-           'tuned_config', 'Panel', 'Viewer']
+           'tuned_config', 'Panel', 'zoom_corner', 'show_zoomed', 'Viewer']
 
 # %% ../nbs/56_viewer.ipynb #35c892fc
 import base64
@@ -39,7 +39,7 @@ from segpc_nb.inspection import (
     with_cached_networks,
     with_config,
 )
-from .pipeline import Segmenter, check_picture
+from .pipeline import Segmenter, check_picture, save_bundle
 from .slides import Slide, pixel_size, read_any
 
 # %% ../nbs/56_viewer.ipynb #8048daa3
@@ -165,9 +165,15 @@ class Panel(widgets.VBox):
         self.id = widgets.Dropdown(options=ids, description="picture", **WIDE)
         self.nucleus = widgets.Dropdown(options=[], description="nucleus", **WIDE)
         self.sliders = threshold_sliders(config)
-        self.reset = widgets.Button(
-            description="thresholds of the bundle", layout={"width": "auto", "align_self": "flex-end"}
+        self.reset, self.save = (
+            widgets.Button(description=words, layout={"width": "auto"})
+            for words in ("thresholds of the bundle", "save as a bundle")
         )
+        self.folder = widgets.Text(value="my-bundle", description="folder", **WIDE)
+        self.previous, self.next = (
+            widgets.Button(description=words, layout={"width": "auto"}) for words in ("← previous (k)", "next (j) →")
+        )
+        self.zoom = widgets.FloatSlider(value=1, min=1, max=8, step=0.5, description="zoom", **WIDE)
         self.layers = {
             name: widgets.Checkbox(
                 value=name in ("nucleus", "cell", "numbers"), description=name, indent=False, layout={"width": "90px"}
@@ -176,6 +182,9 @@ class Panel(widgets.VBox):
         }
         self.picture = widgets.Image(format="png", layout={"width": "100%", "height": "auto"})
         self.click = Event(source=self.picture, watched_events=["click"])
+        row = {"flex_flow": "row wrap", "justify_content": "flex-end"}
+        steps = widgets.Box([self.previous, self.next], layout=row)
+        bundle = widgets.VBox([self.folder, widgets.Box([self.reset, self.save], layout=row)])
         self.status, self.sentence, self.pyramid = widgets.HTML(), widgets.HTML(), widgets.HTML()
         part = {"flex": "1 1 300px", "min_width": "0"}
         left = widgets.VBox(
@@ -183,9 +192,36 @@ class Panel(widgets.VBox):
             layout=part | {"max_width": f"{side}px"},
         )
         right = widgets.VBox(
-            [self.id, self.nucleus, *self.sliders.values(), self.reset, self.status, self.sentence], layout=part
+            [self.id, self.nucleus, steps, self.zoom, *self.sliders.values(), bundle, self.status, self.sentence],
+            layout=part,
         )
         super().__init__([widgets.Box([left, right], layout={"flex_flow": "row wrap"}), self.pyramid])
+        self.keyboard = Event(source=self.picture, watched_events=["keydown"])
+
+# %% ../nbs/56_viewer.ipynb #421cc466
+def zoom_corner(
+    shape: tuple[int, int],  # (H, W) of the picture
+    place: tuple[float, float] | None,  # row, column in the middle, px
+    zoom: float,  # 1 shows all
+) -> tuple[float, float]:  # top and left of what is shown, px
+    "Where the part begins that the zoom shows."
+    sides = np.array(shape) / zoom
+    return tuple(np.clip(np.array(place or (0, 0)) - sides / 2, 0, shape - sides).tolist())
+
+
+def show_zoomed(
+    inspection: Inspection,
+    layers: tuple[str, ...],  # as for `show_layers`
+    place: tuple[float, float] | None,  # row, column in the middle, px
+    zoom: float,  # 1 shows all
+    ax: Axes,
+) -> Axes:
+    "Draw a part of the picture with its layers."
+    shape = inspection.image.shape[:2]
+    (top, left), (height, width) = zoom_corner(shape, place, zoom), np.array(shape) / zoom
+    show_layers(inspection, layers, ax)
+    ax.set(xlim=(left - 0.5, left + width - 0.5), ylim=(top + height - 0.5, top - 0.5))
+    return ax
 
 # %% ../nbs/56_viewer.ipynb #0d491c4f
 class Viewer(Panel):
@@ -199,7 +235,8 @@ class Viewer(Panel):
     ):
         if not segmenter.config.scales:
             raise ValueError("segmenter has no scales, and the viewer shows scales; take a bundle with stage two")
-        self.segmenter, self.sources = with_cached_networks(segmenter), picture_sources(pictures)
+        self.given, self.segmenter = segmenter, with_cached_networks(segmenter)
+        self.sources = picture_sources(pictures)
         self.side, self.held = side, False
         super().__init__(list(self.sources), segmenter.config, side)
         self.click.on_dom_event(self._point)
@@ -208,6 +245,11 @@ class Viewer(Panel):
         for control in (*self.layers.values(), *self.sliders.values()):
             control.observe(self.refresh, "value")
         self.reset.on_click(self._restore)
+        self.save.on_click(self._save)
+        self.previous.on_click(lambda _: self._step(-1))
+        self.next.on_click(lambda _: self._step(1))
+        self.zoom.observe(self._draw, "value")
+        self.keyboard.on_dom_event(self._key)
         self._open()
 
     def _open(self, _=None):
@@ -221,8 +263,26 @@ class Viewer(Panel):
 
     def _point(self, event):
         if self.inspection:
-            self.place = tuple(event[name] * max(self.image.shape) / self.side for name in ("dataY", "dataX"))
+            unit = max(self.image.shape) / self.side / self.zoom.value
+            corner = zoom_corner(self.image.shape[:2], self.place, self.zoom.value)
+            self.place = tuple(start + event[name] * unit for start, name in zip(corner, ("dataY", "dataX")))
             self.refresh()
+
+    def _key(self, event):
+        if event["key"] in ("j", "k"):
+            self._step(1 if event["key"] == "j" else -1)
+
+    def _step(self, by):
+        if self.nucleus.options:
+            self.nucleus.index = (self.nucleus.index + by) % len(self.nucleus.options)
+
+    def _save(self, _):
+        try:
+            networks = self.given.nucleus_network, self.given.cell_networks
+            save_bundle(Segmenter(*networks, tuned_config(self.given.config, self.sliders)), Path(self.folder.value))
+            self.status.value = f"saved; use it with: segpc predict --bundle {escape(self.folder.value)}"
+        except (ValueError, OSError, AttributeError) as error:
+            self.status.value = f"<b>not saved: {escape(str(error))}</b>"
 
     def _restore(self, _):
         self.held = True
@@ -235,23 +295,24 @@ class Viewer(Panel):
         if self.image is None:
             image, pixel_um = open_picture(self.sources[self.id.value])
             self.nucleus_px, self.image = self.segmenter.estimate_nuclei(image, pixel_um)[0], image
-        inspection = inspect(
-            with_config(self.segmenter, tuned_config(self.segmenter.config, self.sliders)),
-            self.image,
-            self.place,
-            self.nucleus_px,
-        )
-        self.place = self.place or (inspection.chosen and inner_point(inspection.chosen))
+        tuned = with_config(self.segmenter, tuned_config(self.segmenter.config, self.sliders))
+        inspection = inspect(tuned, self.image, self.place, self.nucleus_px)
+        if self.place is None and inspection.nuclei:
+            surest = max(inspection.cells or inspection.nuclei, key=lambda cell: round(cell.score, 2))
+            self.place = inner_point(surest)
+            inspection = inspect(tuned, self.image, self.place, self.nucleus_px)
         return inspection
+
+    def _draw(self, _=None):
+        if self.inspection:
+            shown = tuple(name for name, box in self.layers.items() if box.value)
+            draw = partial(show_zoomed, self.inspection, shown, self.place, self.zoom.value)
+            self.picture.value = draw_png(draw, self.image.shape[:2], self.side)
 
     def _show(self, inspection):
         self.nucleus.options = [nucleus.id for nucleus in inspection.nuclei]
         self.nucleus.value = inspection.chosen and inspection.chosen.id
-        self.picture.value = draw_png(
-            lambda ax: show_layers(inspection, tuple(name for name, box in self.layers.items() if box.value), ax),
-            inspection.image.shape[:2],
-            self.side,
-        )
+        self._draw()
         self.sentence.value, self.pyramid.value = explain(inspection), pyramid_html(inspection)
         self.status.value = f"nuclei found: {len(inspection.nuclei)}, cells reported: {len(inspection.cells)}"
 

@@ -146,11 +146,11 @@ def test_predicting_again_replaces_and_keeps(smears):
 
 def test_a_stopped_run_leaves_whole_results(smears, monkeypatch, capsys):
     class Stopping(Segmenter):
-        def segment(self, image, *settings):
+        def segment(self, image, *settings, **given):
             if len(seen) == 1:
                 raise KeyboardInterrupt
             seen.append(image)
-            return super().segment(image, *settings)
+            return super().segment(image, *settings, **given)
 
     seen = []
     monkeypatch.setattr(
@@ -447,7 +447,7 @@ def test_no_bundle_says_how_to_make_one(tmp_path, monkeypatch, capsys):
     assert "--preset released needs --bundle" in capsys.readouterr().err
     with pytest.raises(ValueError, match="holds no bundle"):
         pipeline.load_bundle(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="'cpu' always works"):
+    with pytest.raises(ValueError, match="there is cpu"):
         pipeline.load_bundle(tmp_path, "abacus")
 
 

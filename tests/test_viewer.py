@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -44,7 +45,6 @@ from segpc_nb.viewer import Viewer, draw_png, pyramid_html, threshold_sliders, t
 
 ROOT = Path(__file__).parent.parent
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ICONS = re.compile(r"https://cdn\.jsdelivr\.net/npm/@fortawesome/")  # asked for by voila's page, not used
 SCALES = (0.5, 1.75, 3.0)
 CONFIG = BundleConfig((60, 80), SCALES, (32, 32, 32), (0.8, 4.0))
 
@@ -271,8 +271,8 @@ def test_bad_pictures_are_told_and_left(segmenter, tmp_path):
     write_image(tmp_path / "1.png", smear())
     (tmp_path / "2.png").write_bytes(b"<script>")
     viewer = Viewer(segmenter, tmp_path, side=300)
-    assert viewer.id.options == ("1.png", "2.png")
-    viewer.id.value = "2.png"
+    assert viewer.id.options == ("1", "2")
+    viewer.id.value = "2"
     assert (
         "no readable picture" in viewer.status.value
         and viewer.picture.value == b""
@@ -281,10 +281,11 @@ def test_bad_pictures_are_told_and_left(segmenter, tmp_path):
     )
     viewer.sliders["min_score"].value = 0.2
     viewer.click._dom_handlers({"dataX": 1, "dataY": 1})
-    viewer.id.value = "1.png"
+    viewer.id.value = "1"
     assert viewer.nucleus.options == (1, 2, 3) and viewer.status.value == "nuclei found: 3, cells reported: 3"
+    (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="without pictures"):
-        Viewer(segmenter, tmp_path / "..", side=300)
+        Viewer(segmenter, tmp_path / "none", side=300)
 
 
 def test_broken_networks_are_told():
@@ -315,9 +316,7 @@ def test_the_app_opens_what_it_is_given(segmenter, monkeypatch, tmp_path):
     assert len(open_app(monkeypatch, tmp_path / "bundle", "").id.options) == 3
     write_image(tmp_path / "pictures" / "7.bmp", smear())
     app = open_app(monkeypatch, tmp_path / "bundle", tmp_path / "pictures")
-    assert app.id.options == ("7.bmp",) and same(
-        app.inspection.cells, load_bundle(tmp_path / "bundle").segment(smear())
-    )
+    assert app.id.options == ("7",) and same(app.inspection.cells, load_bundle(tmp_path / "bundle").segment(smear()))
     assert "holds no bundle" in open_app(monkeypatch, tmp_path / "none", "").value
     assert "no such file or folder" in open_app(monkeypatch, tmp_path / "bundle", tmp_path / "none").value
 
@@ -351,25 +350,18 @@ def page(tmp_path_factory, segmenter):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {
-        "SEGPC_BUNDLE": str(folder / "bundle"),
-        "SEGPC_PICTURES": str(folder / "pictures"),
-        "PYTHONPATH": path,
-        "IPYTHONDIR": str(folder),
-        "JUPYTER_RUNTIME_DIR": str(folder),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "voila",
-        ROOT / "nbs" / "viewer_app.ipynb",
-        f"--port={port}",
-        "--no-browser",
-        "--Voila.ip=127.0.0.1",
-    ]
+    environment = os.environ | {"PYTHONPATH": path, "IPYTHONDIR": str(folder), "JUPYTER_RUNTIME_DIR": str(folder)}
+    program = "import sys; from segpc_nb.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["view", folder / "pictures", "--bundle", folder / "bundle", "--port", port, "--no-browser"]
+    command = [sys.executable, "-c", program, *words]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            list(map(str, command)),
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
     try:
         await_server(server, port, folder / "log")
@@ -377,15 +369,14 @@ def page(tmp_path_factory, segmenter):
             browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
             tab = browser.new_page(viewport={"width": 1280, "height": 900})
             tab.set_default_timeout(60_000)
-            tab.trouble = []
+            tab.trouble, tab.bundle = [], folder / "bundle"
             tab.on("pageerror", lambda error: tab.trouble.append(str(error)))
             tab.on("console", lambda message: tab.trouble.append(message.text) if message.type == "error" else None)
-            tab.route(ICONS, lambda route: route.fulfill(body="", content_type="text/css"))
             tab.on(
                 "request",
                 lambda request: (
                     tab.trouble.append(request.url)
-                    if not re.match(rf"http://127\.0\.0\.1:{port}/|data:|blob:|{ICONS.pattern}", request.url)
+                    if not re.match(rf"http://127\.0\.0\.1:{port}/|data:|blob:", request.url)
                     else None
                 ),
             )
@@ -394,11 +385,11 @@ def page(tmp_path_factory, segmenter):
             yield tab
             browser.close()
     finally:
-        server.terminate()
+        os.killpg(server.pid, signal.SIGTERM)  # the command and voila
         try:
             server.wait(30)
         except subprocess.TimeoutExpired:
-            server.kill()
+            os.killpg(server.pid, signal.SIGKILL)
             server.wait()
 
 
@@ -449,10 +440,39 @@ def test_another_nucleus_and_another_picture(page):
     page.mouse.click(box["x"] + box["width"] * 35 / 80, box["y"] + box["height"] * 45 / 60)
     wait_for(page, "Nucleus 3:")
     page.get_by_label("fill").check()
-    page.locator(".widget-dropdown", has_text="picture").locator("select").select_option("2.png")
+    page.locator(".widget-dropdown", has_text="picture").locator("select").select_option("2")
     wait_for(page, "nuclei found: 1, cells reported: 1")
-    page.locator(".widget-dropdown", has_text="picture").locator("select").select_option("1.png")
+    page.locator(".widget-dropdown", has_text="picture").locator("select").select_option("1")
     wait_for(page, "nuclei found: 3, cells reported: 3")
+    assert page.trouble == []
+
+
+def test_keys_zoom_and_a_saved_bundle(page):
+    page.locator(".widget-dropdown", has_text="nucleus").locator("select").select_option("1")
+    wait_for(page, "Nucleus 1:")
+    page.mouse.move(0, 0)
+    page.locator("img.widget-image").hover()
+    page.keyboard.press("j")
+    wait_for(page, "Nucleus 2:")
+    page.keyboard.press("k")
+    wait_for(page, "Nucleus 1:")
+    before = shown(page)
+    page.mouse.move(0, 0)  # keys belong to the sliders again
+    slider(page, "zoom").press("End")
+    page.wait_for_function("old => document.querySelector('img.widget-image').src !== old", arg=before[0])
+    slider(page, "zoom").press("Home")
+    folder = page.bundle.parent / "tuned"
+    page.get_by_label("folder").fill(str(folder))
+    page.get_by_label("folder").press("Tab")
+    slider(page, "least score").press("ArrowRight")
+    page.get_by_role("button", name="save as a bundle").click()
+    wait_for(page, "saved; use it with")
+    assert load_bundle(folder).config.min_score > CONFIG.min_score
+    assert (
+        cli.main(["predict", str(page.bundle.parent / "pictures"), "--out", str(folder / "o"), "--bundle", str(folder)])
+        == 0
+    )
+    page.get_by_role("button", name="thresholds of the bundle").click()
     assert page.trouble == []
 
 
