@@ -74,6 +74,14 @@ def bit_fields():
     return b"BM" + sizes + struct.pack("<3I", 0xFF, 0xFF00, 0xFF0000) + rows.tobytes()
 
 
+def circle():
+    "A TIFF whose page is followed by itself."
+    content = tiff()
+    start = int.from_bytes(content[4:8], "little")
+    end = start + 2 + 12 * int.from_bytes(content[start : start + 2], "little")
+    return content[:end] + content[4:8] + content[end + 4 :]
+
+
 def bomb():
     handle = io.BytesIO()
     with tifffile.TiffWriter(handle) as file:
@@ -129,6 +137,7 @@ FILES = {
     "TIFF of three pages": ("a.tif", pages(SMEAR, SMEAR, SMEAR)),
     "TIFF, thumbnail first": ("a.tif", pages(SMEAR[::4, ::4], SMEAR)),
     "TIFF with smaller copies": ("a.tif", pages(SMEAR, SMEAR[::2, ::2], SMEAR[::4, ::4])),
+    "TIFF of pages in a circle": ("a.tif", circle()),
     "ImageJ stack": ("a.tif", tiff(np.stack([SMEAR, SMEAR]), imagej=True)),
     "OME-XML that breaks the rules": ("a.tif", tiff(description=XML, metadata=None)),
     ".jfif": ("a.jfif", JPEG),
@@ -141,6 +150,7 @@ FILES = {
     "hidden": (".a.png", PNG),
     "name with umlaut in NFD": (unicodedata.normalize("NFD", "Präparat.png"), PNG),
     "name that is not UTF-8": (os.fsdecode(b"Pr\xe4parat.png"), PNG),
+    "name beyond Latin": ("μυελός 骨髄 \N{MICROSCOPE}.png", PNG),
     "name of 250 characters": ("a" * 246 + ".png", PNG),
     "name with spaces": ("a b (1).png", PNG),
     "name with a newline": ("a\nb.png", PNG),
@@ -173,7 +183,19 @@ def linked_picture(folder):
     (folder / "a.png").symlink_to(".store")
 
 
+def same_content(folder):
+    (folder / "a.png").write_bytes(PNG)
+    (folder / "b.png").write_bytes(PNG)
+
+
+def folders_in_a_circle(folder):
+    (folder / "a").mkdir()
+    (folder / "a" / "back").symlink_to("..")
+
+
 OTHERS = {
+    "the same picture under two names": same_content,
+    "folders in a circle of links": folders_in_a_circle,
     "OME-Zarr": make_zarr,
     "folder called .png": lambda folder: (folder / "a.png").mkdir(),
     "link to a picture": linked_picture,
@@ -334,6 +356,9 @@ ARCHIVES = {
     ),
     "upper case": zipped(*[entry(info.filename.upper(), content) for info, content in DATA]),
     "with folders of a Mac": zipped(*DATA, entry("__MACOSX/train/x/._1.png"), entry("train/x/.DS_Store")),
+    "the same entry twice": zipped(*DATA, DATA[0]),
+    "a link to /etc/passwd": zipped(*DATA, entry("train/x/2.png", b"/etc/passwd", external_attr=0o120777 << 16)),
+    "8 damaged bytes in a picture": damaged(zipped(*DATA)),
     "no split in it": zipped(entry("readme.txt")),
     "cut off": zipped(*DATA)[:-40],
     "password": flagged(zipped(*DATA), 6, 8, 1),
