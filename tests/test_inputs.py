@@ -190,6 +190,7 @@ def same_content(folder):
 
 def folders_in_a_circle(folder):
     (folder / "a").mkdir()
+    (folder / "a" / "p.png").write_bytes(PNG)
     (folder / "a" / "back").symlink_to("..")
 
 
