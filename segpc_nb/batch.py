@@ -235,11 +235,14 @@ def predict_on_cluster(
             job = client.submit(predict_picture, options, place, item, 1, retries=2, pure=False)
             futures[job] = path
         for future in as_completed(futures):
-            path, error = futures[future], future.exception()
-            found = Finished(path, error=f"its worker failed: {error}") if error else future.result()
-            if found.entry:
-                enter(found.entry)
-            yield Finished(path, found.entry, found.error)
+            path = futures[future]
+            try:
+                found = future.result()
+                if found.entry:
+                    enter(found.entry)
+                yield Finished(path, found.entry, found.error)
+            except Exception as error:  # noqa: BLE001 - a worker or the scheduler died, or the disk here is full
+                yield Finished(path, error=f"its worker failed, or its cells were not kept: {error!r}")
             future.release()
 
 # %% ../nbs/52_batch.ipynb #24430638

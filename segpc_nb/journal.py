@@ -21,6 +21,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from .cells import Cell
+from .checkpoints import end_signals
 from .files import write_bytes
 from .images import PictureError, natural_key
 from .patients import known_patients, summarize, with_patients
@@ -104,13 +105,14 @@ def append_entry(
     entry: dict,  # what came of one picture
 ) -> None:
     "Add a line to the journal, whole or not at all."
-    with open(Path(out) / JOURNAL, "ab") as handle:
+    line = json.dumps(entry).encode() + b"\n"
+    with open(Path(out) / JOURNAL, "ab", buffering=0) as handle:  # a buffer would write the rest when it is closed
         end = handle.tell()
         try:
-            handle.write(json.dumps(entry).encode() + b"\n")
-            handle.flush()
+            while line:
+                line = line[handle.write(line) :]
         except OSError:  # a full disk: the next line must not be glued to half of this one
-            os.truncate(Path(out) / JOURNAL, end)
+            handle.truncate(end)
             raise
 
 # %% ../nbs/50_journal.ipynb #353fc279
@@ -161,6 +163,9 @@ def one_writer(
     except Timeout as error:
         raise ValueError(f"another run writes into {out}; wait for its end, or use another --out") from error
     try:
+        for part in [found for where in (".*", "y/**/.*", "slides/**/.*") for found in Path(out).glob(f"{where}.part")]:
+            if part.is_file():  # a killed run was writing it
+                part.unlink()
         yield
     finally:
         lock.release()
@@ -173,9 +178,8 @@ def orderly_end():
     def end(number, frame):
         raise SystemExit(128 + number)
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     main = threading.current_thread() is threading.main_thread()  # nothing else may set them
-    before = {number: signal.signal(number, end) for number in numbers if main}
+    before = {number: signal.signal(number, end) for number in end_signals() if main}
     try:
         yield
     finally:

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import segmentation_models_pytorch as smp
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from segmentation_models_pytorch.base import SegmentationModel
 from segmentation_models_pytorch.base.hub_mixin import SMPHubMixin
 from torch import nn
 from torch.nn import functional as F
 
 from .encoders import load_lite0, stride_16_encoder
-from .files import PictureError, read_file, reading
+from .files import PictureError, read_file, reading, write_bytes
 from segpc_nb.layers import (
     AtrousPyramid,
     BranchAttention,
@@ -296,14 +296,11 @@ def save_network(
             f"network is a {type(network).__name__}, allowed: those of build_network ({', '.join(NETWORKS)})"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = {"format_version": FORMAT_VERSION, "network": {"name": names[0], **network.config}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    save_file(
-        {name: tensor.half() if half and tensor.is_floating_point() else tensor for name, tensor in tensors.items()},
-        folder / "model.safetensors",
-    )
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    tensors = {name: x.half() if half and x.is_floating_point() else x for name, x in tensors.items()}
+    write_bytes(folder / "model.safetensors", save(tensors))
+    write_bytes(folder / "config.json", json.dumps(config, indent=2).encode())
 
 # %% ../nbs/27_models.ipynb #b803cbe8
 def load_network(
