@@ -333,6 +333,10 @@ def test_zip_without_or_with_several_texts(tmp_path):
         archive.writestr("b.txt", "")
     with pytest.raises(ValueError, match="2 text files"):
         read_submission(tmp_path / "s.zip")
+    with zipfile.ZipFile(tmp_path / "s.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.txt", b"7\t" * 10**8)
+    with pytest.raises(ValueError, match=r"s\.zip: 200,000,000 bytes, packed into .*; at most 200 times"):
+        read_submission(tmp_path / "s.zip")
 
 
 def test_large_cells_come_back(tmp_path):
