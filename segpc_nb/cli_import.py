@@ -15,12 +15,12 @@ from .config import ImportFormat, SplitName
 # %% ../nbs/68_cli_import.ipynb #45803ef4
 def told_kind(
     annotation: Path,  # a file or a folder
-) -> str:  # "coco", "geojson" or "labels"
+) -> str:  # one of config.ImportFormat
     "The format of an annotation, told by its content."
     from segpc_nb.images import PICTURE_SUFFIXES
     from segpc_nb.import_formats import annotation_files, read_json
 
-    kinds = {".geojson": "geojson"} | dict.fromkeys(PICTURE_SUFFIXES, "labels")
+    kinds = {".geojson": "geojson", ".zip": "rois"} | dict.fromkeys(PICTURE_SUFFIXES, "labels")
     if not Path(annotation).is_dir() and Path(annotation).suffix.lower() == ".json":
         document = read_json(annotation)
         return "coco" if isinstance(document, dict) and "images" in document else "geojson"
@@ -68,11 +68,12 @@ def layout_name(
 # %% ../nbs/68_cli_import.ipynb #7939ec85
 def _read(annotation: Path, shapes: dict, kind: str, kinds: dict, nuclei: Path | None) -> Iterator[tuple]:
     "The outlines of every picture."
-    from segpc_nb.import_formats import coco_outlines, geojson_outlines, label_picture_outlines
+    from segpc_nb.import_formats import coco_outlines, geojson_outlines, label_picture_outlines, roi_outlines
 
     if kind == "labels":
         return label_picture_outlines(annotation, shapes, nuclei)
-    return (coco_outlines if kind == "coco" else geojson_outlines)(annotation, shapes, kinds)
+    readers = {"coco": coco_outlines, "geojson": geojson_outlines, "rois": roi_outlines}
+    return readers[kind](annotation, shapes, kinds)
 
 
 def _write(found: Iterator[tuple], files: dict, shapes: dict, folder: Path) -> tuple[list[tuple], list]:
@@ -99,7 +100,7 @@ def _write(found: Iterator[tuple], files: dict, shapes: dict, folder: Path) -> t
 
 # %% ../nbs/68_cli_import.ipynb #0e149917
 def import_annotation(
-    annotation: Path,  # COCO .json; GeoJSON of QuPath or label pictures: a file or a folder
+    annotation: Path,  # COCO .json; GeoJSON of QuPath, zips of ROIs or label pictures: a file or a folder
     pictures: list[Path],  # what was annotated: pictures, or folders of pictures
     out: Path,  # folder that gets train/x, train/y and imported.csv
     kind: ImportFormat | None = None,  # format of the annotation; without it told by what it holds

@@ -221,8 +221,8 @@ def report(
 # %% ../nbs/63_cli_predict.ipynb #3dce49a9
 def export(
     pred: Path,  # folder of predictions
-    to: ExportFormat,  # coco: JSON; geojson: QuPath; labels: TIFF; table: .csv, .parquet
-    out: Path,  # file for coco and table, folder for geojson and labels
+    to: ExportFormat,  # coco: JSON; geojson: QuPath; rois: ImageJ; labels: TIFF; table: .csv, .xlsx, .parquet
+    out: Path,  # file for coco and table, folder for the others
     pictures: list[Path] | None = None,  # pictures, or folders of pictures, to measure shape and stain in
     pixel_size: float | None = None,  # side of a pixel, um, for areas in um2
     min_score: float = 0.0,  # leave out cells with a lower score, 0..1; no network runs

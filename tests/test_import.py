@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_run_lengths_are_those_of_the_official_tools():
         assert sum(unpack_counts(packed)) == full.size
 
 
-@pytest.mark.parametrize("kind", ["coco", "geojson", "labels"])
+@pytest.mark.parametrize("kind", ["coco", "geojson", "rois", "labels"])
 def test_what_was_exported_comes_back_to_the_pixel(place, kind):
     folder, cells, shapes = place
     out = folder / ("cells.json" if kind == "coco" else kind)
@@ -263,3 +264,23 @@ def test_training_goes_on_from_a_bundle_and_makes_one(place, monkeypatch):
     assert load_bundle(folder / "run" / "bundle").config == load_bundle(folder / "old").config
     with pytest.raises(ValueError, match=r"cytoplasm_0.5|works at"):
         train("cytoplasm", folder / "run", "smoke", folder / "mine", scale=0.5, start=str(folder / "old"))
+
+
+def test_an_excel_table_is_read_back_and_holds_no_formula(place):
+    folder, cells, shapes = place
+    (path,) = export_cells("table", folder / "cells.xlsx", {"=1+1": cells["12"]}, {"=1+1": shapes["12"]})
+    sheet = pytest.importorskip("openpyxl").load_workbook(path).active
+    rows = list(sheet.iter_rows(values_only=True))
+    assert rows[0][:2] == ("picture", "id") and {row[0] for row in rows[1:]} == {"'=1+1"}
+    assert [row[rows[0].index("cell_area")] for row in rows[1:]] == [cell.area for cell in cells["12"]]
+
+
+def test_measurements_name_units_and_objects_keep_their_uuid(place):
+    folder, cells, shapes = place
+    (path, _) = export_cells("geojson", folder / "q", cells, shapes)
+    features = json.loads(path.read_text())["features"]
+    ids = [str(UUID(feature["id"])) for feature in features]
+    assert len(set(ids)) == len(features) == len(cells["12"])
+    assert {"cell area px^2", "row px", "score"} <= features[0]["properties"]["measurements"].keys()
+    export_cells("geojson", folder / "again", cells, shapes)
+    assert [f["id"] for f in json.loads((folder / "again" / "12.geojson").read_text())["features"]] == ids
