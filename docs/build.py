@@ -154,8 +154,8 @@ def write_pages(
     shutil.copytree(root / "nbs" / "images", out / "nbs" / "images")
     for folder in ("nbs/runs", "nbs/studies", "api", "thumbnails"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    reading = out / "reading.md"  # its links work in the repository too
-    reading.write_text(reading.read_text(encoding="utf-8").replace("](../nbs/", "](nbs/"), encoding="utf-8")
+    for page in (out / "reading.md", out / "tutorial.md"):  # their links work in the repository too
+        page.write_text(page.read_text(encoding="utf-8").replace("](../nbs/", "](nbs/"), encoding="utf-8")
     gallery = [(out / "gallery.md").read_text(encoding="utf-8")]
     for path in [
         root / "nbs" / "index.ipynb",

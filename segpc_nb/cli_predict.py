@@ -283,8 +283,8 @@ def view(
     from segpc_nb.inputs import name_pictures
 
     name_pictures([pictures])
-    if missing := [name for name in ("voila", "ipyevents", "ipykernel") if not find_spec(name)]:
-        raise ValueError(f"the viewer needs {', '.join(missing)}; install the extra: pip install '.[run]'")
+    if missing := [name for name in ("torch", "voila", "ipyevents", "ipykernel") if not find_spec(name)]:
+        raise ValueError(f"the viewer needs {', '.join(missing)}; install the extras: pip install '.[train,run]'")
     with tempfile.TemporaryDirectory() as folder:
         notebook = write_viewer(Path(folder), pictures, bundle)
         words = ["--template=segpc", "--Voila.ip=127.0.0.1", f"--port={port or free_port()}"]

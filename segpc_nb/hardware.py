@@ -29,6 +29,8 @@ def resolve_precision(
 # %% ../nbs/30_hardware.ipynb #b3d34a9e
 def accelerators() -> list[str]:  # of "cuda" and "mps"
     "The kinds of GPU that can be used."
+    import torch
+
     return ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
 
 
