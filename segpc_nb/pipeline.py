@@ -331,12 +331,13 @@ def load_bundle(
     backend: str | None = None,  # "torch" or "onnxruntime"; None takes PyTorch where it is installed
 ) -> Segmenter:
     "Read a segmenter from its folder."
+    on_torch = (backend or usual_backend()) == "torch"
+    device = resolve_device(device) if on_torch else device
     config, folder = read_bundle_config(folder), SHIPPED if folder is None else Path(folder)
     places = [folder / name for name in ("nucleus", *(f"cytoplasm_{scale}" for scale in config.scales))]
-    if (backend or usual_backend()) == "torch":
+    if on_torch:
         from segpc_nb.models import load_network
 
-        device = resolve_device(device)
         nucleus, *cells = [load_network(place, logits=True).to(device) for place in places]
     else:
         nucleus, *cells = [open_graph(place, device) for place in places]

@@ -44,7 +44,7 @@ STUB = Segmenter(
 def smears(tmp_path, monkeypatch):
     "Two drawn pictures with annotation, and a pipeline of arithmetic in place of a bundle."
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(batch, "load_bundle", lambda folder, device="cpu": STUB)
+    monkeypatch.setattr(batch, "load_bundle", lambda *place: STUB)
     rows, columns = np.mgrid[:60, :80]
     for id, places in {"7_a": [(20, 20, 15)], "10": [(30, 25, 11), (30, 60, 15)]}.items():
         picture, cells = np.full((60, 80, 3), (232, 215, 225), np.uint8), []
@@ -109,7 +109,7 @@ def test_the_released_way_keeps_every_plausible_cell(smears, monkeypatch, preset
         networks = dict.fromkeys((0.5, 1.75, 2.6, 3.0), lambda crops: 40 * (0.7 - crops[:, 1:2]) * (crops[:, 1:2] > 0))
         return ReleasedSegmenter(lambda images: 40 * (0.35 - images[:, 1:2]), networks, RELEASED_PRESETS[preset])
 
-    monkeypatch.setattr(batch, "load_released", load)
+    monkeypatch.setattr("segpc_nb.released.load_released", load)
     for name in ("11", "12"):
         (smears / f"x/{name}.bmp").write_bytes((smears / "x/10.bmp").read_bytes())
     assert run("predict", "x", "--out", "out", "--bundle", "b", "--preset", preset) == (
@@ -156,13 +156,13 @@ def test_a_stopped_run_leaves_whole_results(smears, monkeypatch, capsys):
     monkeypatch.setattr(
         batch,
         "load_bundle",
-        lambda folder, device="cpu": Stopping(STUB.nucleus_network, STUB.cell_networks, STUB.config),
+        lambda *place: Stopping(STUB.nucleus_network, STUB.cell_networks, STUB.config),
     )
     assert run("predict", "x", "--out", "out", "--bundle", "b") == 130
     assert capsys.readouterr().err.endswith("segpc: stopped\n")
     cells, _ = read_results(smears / "out")
     assert list(cells) == ["7_a"]
-    monkeypatch.setattr(batch, "load_bundle", lambda folder, device="cpu": STUB)
+    monkeypatch.setattr(batch, "load_bundle", lambda *place: STUB)
     assert run("predict", "x", "--out", "out", "--bundle", "b", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"cells": {"10": 2}, "skipped": ["7_a"], "failed": {}, "left_out": []}
 
@@ -178,7 +178,7 @@ def test_the_size_of_nuclei_is_passed_on(smears, monkeypatch, capsys):
     monkeypatch.setattr(
         batch,
         "load_bundle",
-        lambda folder, device="cpu": Listening(STUB.nucleus_network, STUB.cell_networks, STUB.config),
+        lambda *place: Listening(STUB.nucleus_network, STUB.cell_networks, STUB.config),
     )
     monkeypatch.setattr(
         pipeline, "estimate_nucleus_px", lambda find, image, config, pixel_um: (33.0, find(image, 33.0, False))
