@@ -1,6 +1,6 @@
 """Faults of running commands: nothing lost, nothing silent. Each is real: a full disk, no rights, no memory, a kill.
 
-`SEGPC_WRITE=1 pytest tests/test_faults.py --slow-too` writes the counts into results/robustness.json.
+`SEGPC_WRITE=1 pytest tests/test_faults.py` writes the counts into results/robustness.json.
 """
 
 import ctypes
