@@ -20,7 +20,7 @@ SCHEDULES = ("constant", "cosine", "plateau")
 PRECISIONS = ("no", "bf16", "fp16", "auto")  # "auto" is bf16 where the processor or GPU multiplies in it, else "no"
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class TrainConfig:
     "Everything that decides the weights of one training run."
 
@@ -79,7 +79,7 @@ class TrainConfig:
         return self
 
 # %% ../nbs/31_config.ipynb #4a38abf7
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class RunOptions:
     "How a training is run. Nothing here decides its weights."
 
@@ -102,7 +102,7 @@ OperatingPoint = Literal["sensitive", "balanced", "precise"]  # named least scor
 OPERATING_POINTS = get_args(OperatingPoint)
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class BundleConfig:
     "All numbers of the pipeline."
 
