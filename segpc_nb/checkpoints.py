@@ -13,8 +13,6 @@ import threading
 import zipfile
 from pathlib import Path
 
-import torch
-
 from .files import atomic_path, reading
 
 # %% ../nbs/35_checkpoints.ipynb #9c3ab9ef
@@ -23,6 +21,8 @@ def save_checkpoint(
     state: dict,  # tensors, numbers, strings, and containers of them
 ) -> None:
     "Write a checkpoint; an old one is replaced only when the new one is complete."
+    import torch  # the journal of predictions needs this chapter's signals, and no PyTorch
+
     path = Path(path)
     part_name = path.with_suffix(".part").name  # the same for every run, so that what a killed run left is overwritten
     try:
@@ -40,6 +40,8 @@ def load_checkpoint(
     path: Path,  # a file from `save_checkpoint`
 ) -> dict:  # what was saved, tensors on the CPU
     "Read a checkpoint without running code in it."
+    import torch
+
     with reading(path, "no checkpoint of a training run", "delete it to train from the start"):
         with zipfile.ZipFile(path) as files, zipfile.ZipFile(sound := io.BytesIO(), "w") as copy:
             for name in files.namelist():

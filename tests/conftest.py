@@ -1,11 +1,14 @@
 """Settings for all tests, and pictures of pages."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, what the tests start would never end by it
 
 WIDTHS = {1280: 900, 390: 800}  # a laptop and a phone: width and height, px
 

@@ -462,10 +462,10 @@ def test_a_worker_names_a_bad_picture(drawn, tmp_path):
 def test_a_picture_replaced_while_it_is_predicted_is_predicted_again(drawn, tmp_path, monkeypatch):
     real, first = batch.write_prediction, drawn[0].read_bytes()
 
-    def replaced(options, out, picture, cells):
+    def replaced(options, out, picture, *found):
         if picture.path == drawn[0]:
             drawn[0].write_bytes(drawn[1].read_bytes())
-        return real(options, out, picture, cells)
+        return real(options, out, picture, *found)
 
     monkeypatch.setattr(batch, "write_prediction", replaced)
     assert list(predict_pictures(drawn, tmp_path / "out").cells) == ["0", "1", "2"]
