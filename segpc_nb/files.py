@@ -18,9 +18,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from zlib_ng import zlib_ng
+
+if TYPE_CHECKING:  # the cache alone needs it, and the command line starts without
+    import numpy as np
 
 # %% ../nbs/03_files.ipynb #0746bd99
 WRITE_FIXES = {errno.ENOSPC: "free some space", errno.ENAMETOOLONG: "shorten the name"}
@@ -157,7 +160,7 @@ def evict_oldest(
 
 # %% ../nbs/03_files.ipynb #32c00a52
 def checksum(
-    values: np.ndarray,  # of any type, C-contiguous
+    values: "np.ndarray",  # of any type, C-contiguous
 ) -> bytes:  # 4 of them
     "The CRC-32 of the values of an array."
     return zlib_ng.crc32(values.reshape(-1)).to_bytes(4, "little")
@@ -166,8 +169,10 @@ def checksum(
 def open_cached(
     path: Path,  # .npy, from `cached_array`
     shape: tuple[int, ...],  # that it must have
-) -> np.ndarray | None:  # uint8, read-only; None if it is missing, damaged or of another kind
+) -> "np.ndarray | None":  # uint8, read-only; None if it is missing, damaged or of another kind
     "Open an array of the cache and compare its checksum."
+    import numpy as np
+
     try:
         array = np.lib.format.open_memmap(path, mode="r")
         with open(path, "rb") as file:
@@ -183,10 +188,12 @@ def cached_array(
     folder: Path | None,  # of the cache; None makes the array in memory
     key: str,  # from `content_key`
     shape: tuple[int, ...],  # of the array
-    fill: Callable[[np.ndarray], None],  # writes the values into an array of that shape
+    fill: "Callable[[np.ndarray], None]",  # writes the values into an array of that shape
     limit: int = CACHE_LIMIT,  # of the folder, bytes
-) -> np.ndarray:  # uint8, read-only
+) -> "np.ndarray":  # uint8, read-only
     "An array from the cache; if it is not there, it is made and stored."
+    import numpy as np
+
     if folder is None or 0 in shape:
         fill(array := np.empty(shape, np.uint8))
         return array

@@ -44,10 +44,11 @@ def write_masks(
             write_bytes(path, window_png(values, cell.bbox, shape))
         else:
             write_image(path, mask_from_cell(cell, shape))
+    kept = set(files)
     with os.scandir(place) as entries:
         others = [place / entry.name for entry in entries if entry.name.startswith(f"{name}_")]
     for path in others:
-        if path.stem.rpartition("_")[0] == name and path.suffix.lower() in PICTURE_SUFFIXES and path not in files:
+        if path.stem.rpartition("_")[0] == name and path.suffix.lower() in PICTURE_SUFFIXES and path not in kept:
             path.unlink()
     return files
 
