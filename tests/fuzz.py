@@ -20,14 +20,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cv2
 import h5py
 import numpy as np
 import pandas as pd
-import tifffile
 import torch
 import zarr
 from PIL import Image
+from test_inputs import PICTURE, SMEAR, encoded, tiff
 
 from segpc_nb.archives import unpack_dataset
 from segpc_nb.cells import CYTOPLASM, NUCLEUS, cell_from_parts
@@ -49,7 +48,6 @@ from segpc_nb.submission import read_submission, write_submission
 from segpc_nb.training import load_state
 
 SECONDS, BYTES = 20, 2**31  # that one mutant may take, and may need beside what the process has
-SMEAR = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8), (0, 0), 3)
 MASK = np.zeros((60, 80), np.uint8)
 MASK[10:30, 10:30], MASK[15:25, 15:25] = CYTOPLASM, NUCLEUS
 
@@ -63,18 +61,6 @@ class Reader:
     right: Callable[[object], bool]  # for what a damaged file gave
     checked: bool = False  # the format has checksums: what was read is what was written
     cost: int = 1  # a fraction of the mutants is tried of slow readers
-
-
-def encoded(image, form, **options):
-    handle = io.BytesIO()
-    image.save(handle, form, **options)
-    return handle.getvalue()
-
-
-def tiff(array=SMEAR, **options):
-    handle = io.BytesIO()
-    tifffile.imwrite(handle, array, **{"photometric": "rgb"} | options)
-    return handle.getvalue()
 
 
 def bit_fields():
@@ -106,7 +92,6 @@ def is_mask(mask):
     return np.isin(mask, (0, CYTOPLASM, NUCLEUS)).all()
 
 
-PICTURE = Image.fromarray(SMEAR)
 EXIF = Image.Exif()
 EXIF[0x0112], EXIF[0x010F] = 6, "camera"
 XML = {"axes": "YXS", "PhysicalSizeX": 0.2, "PhysicalSizeXUnit": "µm"}
